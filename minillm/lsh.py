@@ -1,0 +1,68 @@
+"""Locality-sensitive hashing of vectors to packed bits, whose Hamming distance estimates an angle.
+
+SimHash (Charikar 2002): for Gaussian rows r_1..r_P, bit p of a vector x is 1 where r_p . x >= 0.  For two vectors at angle
+theta the expected Hamming distance of their codes is P * theta / pi.  Nothing here knows about caches or attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def projection(bits: int, head_dim: int, *, seed: int, layer: int) -> Tensor:
+    """The Gaussian rows [P, D] of one layer in float32, a function of seed and layer alone.
+
+    float32 always: a bfloat16 projection flips bits of vectors that lie near a hyperplane.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.randn(bits, head_dim, generator=generator, dtype=torch.float32)  # [P, D]
+
+
+def code_words(bits: int) -> tuple[int, torch.dtype]:
+    """(W, dtype) of a packed code: the fewest whole bytes, in the widest integers that divide them.
+
+    16 bits -> one int16; 24 bits -> three int8; 64 -> one int64; 96 -> three int32; 128 -> two int64.
+    """
+    size = (bits + 7) // 8
+    width = next(width for width in (8, 4, 2, 1) if size % width == 0)
+    return size // width, _WORDS[width]
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def encode(x: Tensor, rows: Tensor) -> Tensor:
+    """Codes of vectors: x [..., D] and rows [P, D] -> packed bits [..., W], dtype and W as `code_words` says."""
+    precise = torch.promote_types(x.dtype, rows.dtype)
+    return pack(x.to(precise) @ rows.to(precise).T >= 0)  # [..., P] -> [..., W]
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Booleans [..., P] -> integers [..., W]; bit p of the code is bit p % 16 of 16-bit piece p // 16.
+
+    A piece is a product with powers of two, which float32 holds exactly up to 2^24; the highest bit counts negative, as it
+    does in a signed integer.  With 16 bits 1,1,0,...,0,1: 1 + 2 - 32768 = -32765 = 0b1000000000000011 as int16.
+    """
+    words, dtype = code_words(bits.shape[-1])
+    size = words * dtype.itemsize
+    piece = 2 if size % 2 == 0 else 1
+    weights = 2.0 ** torch.arange(8 * piece, device=bits.device)
+    weights[-1] *= -1
+    padded = torch.nn.functional.pad(bits, (0, 8 * size - bits.shape[-1])).to(torch.float32)  # [..., 8 * bytes]
+    pieces = padded.unflatten(-1, (-1, 8 * piece)) @ weights  # [..., pieces]
+    return pieces.to(_WORDS[piece]).view(dtype)  # [..., W]
+
+
+def hamming(a: Tensor, b: Tensor) -> Tensor:
+    """Number of differing bits between packed codes [..., W] of one dtype, broadcast against each other: int64 [...]."""
+    return _popcount(a ^ b).sum(-1)  # [...]
+
+
+def _popcount(x: Tensor) -> Tensor:
+    """Ones in every integer, by adding neighbouring bits, pairs, nibbles, then bytes (Hacker's Delight, section 5-1)."""
+    ones, width = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}[x.itemsize], 8 * x.itemsize
+    x = x - ((x >> 1) & (ones * 0x55))
+    x = (x & (ones * 0x33)) + ((x >> 2) & (ones * 0x33))
+    x = (x + (x >> 4)) & (ones * 0x0F)
+    return (x * ones >> (width - 8)) & 0x7F
