@@ -6,7 +6,7 @@ keeps (cache.py, eviction.py).  It is the naive oracle that faster loops are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,14 +18,22 @@ from .sampling import Sample, Sampler
 
 @torch.inference_mode()
 def generate(
-    model: Transformer, cache: KVCache, prompt: Tensor, sampler: Sampler, *, max_tokens: int, chunk: int = 256
+    model: Transformer,
+    cache: KVCache,
+    prompt: Tensor,
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+    chunk: int = 256,
+    on_prompt: Callable[[Tensor], None] = lambda hidden: None,  # noqa: ARG005
 ) -> Iterator[Sample]:
-    """Feed a prompt [n] of token ids to what the cache has already seen, then draw up to `max_tokens` tokens.
+    """Feed a prompt [n] of token ids after what the cache has already seen, then draw up to `max_tokens` tokens.
 
-    Ends after a stop token (which is yielded, but never fed to the model) or after `max_tokens`.  Memory is constant: the
-    cache is full before the loop notices, and stays full.
+    Ends after a stop token, which is yielded but never fed to the model, or after `max_tokens`.  Memory is constant: the
+    cache makes room by itself.  on_prompt sees the hidden states [1, T, hidden] of every chunk of the prompt.
     """
     for hidden in feed(model, cache, prompt[None], chunk):  # [1, T, hidden]
+        on_prompt(hidden)
         last = hidden[:, -1]  # [1, hidden]
     for produced in range(1, max_tokens + 1):
         sample = sampler.sample(model.logits(last)[0])  # [V] -> one token

@@ -1,0 +1,113 @@
+"""A checkpoint, opened: what its small files say at once, its weights when they are asked for.
+
+Everything that can be wrong with a name, a configuration, a budget or a prompt is found before the weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from . import hub, loader
+from .budget import Budget, CachePlan
+from .chat import ChatTemplate
+from .config import ModelConfig
+from .errors import ConfigError
+from .model import Transformer
+from .tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face's layout, and where and in which precision its model will run."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        name: str = hub.EMBEDDED,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        offline: bool = False,
+    ) -> Checkpoint:
+        """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
+
+        dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda, mps.
+        Raises ModelNotFoundError, ConfigError or CheckpointError.
+        """
+        place = _device(device)
+        folder = hub.resolve(name, revision=revision, offline=offline)
+        config = loader.read_config(folder)
+        return cls(name, folder, config, loader.choose_dtype(dtype, config, place), place)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        return Tokenizer.from_folder(self.folder)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """How a conversation is written; None for a model that only continues text."""
+        return ChatTemplate.from_folder(self.folder)
+
+    @cached_property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """The sampling parameters that its authors recommend, by the names of SamplingParams."""
+        return loader.read_generation_defaults(self.folder)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer: those of both config files and of the tokenizer."""
+        return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    @property
+    def default_context(self) -> int:
+        """The smaller of the model's context and 8,192."""
+        return min(self.config.max_position_embeddings, DEFAULT_CONTEXT)
+
+    def plan(
+        self,
+        *,
+        budget: Budget | str | float | None = None,
+        context: int | None = None,
+        policy: str | None = None,
+        longest: int | None = None,
+        **options: int | None,
+    ) -> CachePlan:
+        """The cache that a budget over a context becomes; nothing is allocated.  See CachePlan.of for the options."""
+        whole = self.default_context if context is None else context
+        return CachePlan.of(
+            self.config, budget=budget, whole=whole, dtype=self.dtype, policy=policy, longest=longest, **options
+        )
+
+    def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
+        """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
+        return loader.load_model(self.folder, self.config, dtype=self.dtype, device=self.device, progress=progress)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights once loaded."""
+        return loader.weight_bytes(self.folder, self.config, self.dtype)
+
+
+def _device(name: str) -> torch.device:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if available["cuda"] else "cpu")
+    if name not in available:
+        raise ConfigError(f"device is {name!r}; choose one of auto, {', '.join(available)}")
+    if not available[name]:
+        raise ConfigError(f"device {name} was asked for, but torch {torch.__version__} finds none here; use --device cpu")
+    return torch.device(name)

@@ -1,0 +1,95 @@
+"""`minillm info`: what this machine offers and which code would serve it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .. import __version__
+from .options import add_json_option
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "huggingface-hub", "jinja2")
+OPERATIONS = ("hashing", "eviction", "attention")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `info` to the command line."""
+    parser = subparsers.add_parser(
+        "info", help="show devices, versions and backends", description="Show devices, versions and backends."
+    )
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """One line per fact, or one JSON object."""
+    facts = {"versions": versions(), "devices": devices(), "backends": backends()}
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return 0
+    for title, entries in facts.items():
+        print(f"{title}:")
+        width = max(len(name) for name in entries)
+        for name, value in entries.items():
+            print(f"  {name:<{width}}  {_in_words(value)}")
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """minillm, Python, the system, and the packages that minillm stands on."""
+    found = {"minillm": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """CPU, CUDA and MPS, each as far as torch can use it."""
+    import torch
+
+    supported = {
+        "avx512": torch.cpu._is_avx512_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "vnni": torch.cpu._is_vnni_supported(),
+    }
+    cpu = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "features": [name for name, present in supported.items() if present],
+    }
+    cards: list[Any] = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        cards.append({"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"})
+    return {"cpu": cpu, "cuda": cards, "mps": torch.backends.mps.is_available()}
+
+
+def backends() -> dict[str, Any]:
+    """Which backend serves which operation; today there is one."""
+    return {
+        "reference": {"serves": list(OPERATIONS), "why": "plain torch, runs on every device"},
+        "cpu": {"serves": [], "why": "not part of this version"},
+        "triton": {"serves": [], "why": "not part of this version"},
+        "graph": {"serves": [], "why": "not part of this version"},
+    }
+
+
+def _in_words(value: Any) -> str:
+    """A fact for people: lists and objects without their brackets, nothing as "none"."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_in_words(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_in_words(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

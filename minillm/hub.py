@@ -1,0 +1,264 @@
+"""From the name a user gives to a folder on this disk: a path, `weights/<name>`, the hub's cache, or a download.
+
+Downloads go through huggingface_hub, which keeps its cache, its token and its environment variables (HF_HOME, HF_TOKEN,
+HF_ENDPOINT).  This module must not know what is in the files, but for config.json: a model we cannot run is refused
+before its weights are fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from types import MappingProxyType
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from .errors import GatedModelError, ModelNotFoundError
+from .loader import INDEX, SINGLE, read_config
+
+EMBEDDED = "minillm-demo"  # the model in weights/<EMBEDDED>, shipped inside the wheel: what runs without --model
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+        "mistral-7b-v0.2": "mistralai/Mistral-7B-Instruct-v0.2",
+        "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
+        "mistral-nemo": "mistralai/Mistral-Nemo-Instruct-2407",
+        "ministral-8b": "mistralai/Ministral-8B-Instruct-2410",
+        "codestral-22b": "mistralai/Codestral-22B-v0.1",
+        "llama-2-7b": "meta-llama/Llama-2-7b-chat-hf",
+        "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+        "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+        "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+        "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+        "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+        "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+        "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+        "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+        "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+        "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+        "qwen3-4b": "Qwen/Qwen3-4B",
+        "qwen3-8b": "Qwen/Qwen3-8B",
+    }
+)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)  # org/name, no '..'
+CONFIG_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+WEIGHT_FILES = ["*.safetensors", INDEX]
+UNWANTED = ["consolidated*", "*/*"]  # Meta's and Mistral's own layouts, and every subfolder
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NETWORK_ERROR: type[Exception] = HfHubHTTPError.__bases__[
+    0
+]  # of httpx or requests, as huggingface_hub's version has it
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """The folder of a model named by path, alias or hub id; downloads only what is on this disk nowhere.
+
+    `revision` is a branch, tag or commit of the hub; `cache_dir` replaces the hub's own.  Raises ModelNotFoundError (or
+    GatedModelError) with the remedy, ConfigError for a model that cannot be run.
+    """
+    folder = _local(name)
+    if folder is not None:
+        if revision is not None:
+            raise ModelNotFoundError(f"revision {revision!r} means nothing for the folder {folder}; leave it out")
+        return folder
+    repo = _hub_id(name)
+    cached = _cached(repo, revision, cache_dir)
+    if cached is not None:
+        return cached
+    if offline:
+        wanted = f"{repo} at revision {revision}" if revision else repo
+        raise ModelNotFoundError(f"{wanted} is not in the cache and downloads are off; run once without --offline")
+    return _download(repo, revision, cache_dir, progress)
+
+
+def pull(name: str, *, revision: str | None = None, cache_dir: Path | None = None, progress: bool = True) -> Path:
+    """Fetch, or bring up to date, a model named by alias or hub id; the folder it is in.  Errors as in `resolve`."""
+    return _download(_hub_id(name), revision, cache_dir, progress)
+
+
+def _local(name: str) -> Path | None:
+    """The folder that `name` is, or that carries it in a `weights` folder; None if it can only be on the hub."""
+    if not name.strip():
+        raise ModelNotFoundError("the model's name is empty; give a folder, a hub id (org/name) or an alias")
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if "/" not in name and "\\" not in name and name not in ("", ".", ".."):
+        package = Path(__file__).parent
+        source = package.parent if (package.parent / "pyproject.toml").is_file() else package
+        for weights in (Path.cwd() / "weights", package / "weights", source / "weights"):
+            if (weights / name / "config.json").is_file():
+                return weights / name
+    if name not in ALIASES and not (HUB_ID.fullmatch(name) and not path.exists()):
+        if path.is_dir():
+            raise ModelNotFoundError(f"folder {path} has no config.json; expected a model in Hugging Face's layout")
+        if path.exists():
+            raise ModelNotFoundError(f"{path} is a file; name the folder it is in")
+        if "/" in name or "\\" in name or name.startswith(("~", ".")):
+            raise ModelNotFoundError(f"folder {path} does not exist, and {name!r} is no hub id (org/name)")
+    return None
+
+
+def _hub_id(name: str) -> str:
+    if HUB_ID.fullmatch(name):
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    near = difflib.get_close_matches(name.lower(), [EMBEDDED, *ALIASES], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join([EMBEDDED, *ALIASES])}."
+    raise ModelNotFoundError(f"unknown model {name!r}: {hint} A folder or a hub id (org/name) will do, too")
+
+
+def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | None:
+    """The complete snapshot of a repository in the cache, without asking the network."""
+    try:
+        folder = _snapshot(repo, revision, cache_dir, CONFIG_FILES + WEIGHT_FILES, offline=True)
+    except LocalEntryNotFoundError:
+        return None
+    try:
+        index = folder / INDEX
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
+    except (ValueError, KeyError, AttributeError, OSError):
+        return None  # damaged: downloading again is the remedy
+    return folder if all((folder / file).is_file() for file in ("config.json", *shards)) else None
+
+
+def _download(repo: str, revision: str | None, cache_dir: Path | None, progress: bool) -> Path:
+    cache = cache_dir or Path(constants.HF_HUB_CACHE)
+    try:
+        with _progress_bars(progress):
+            folder = _snapshot(repo, revision, cache, CONFIG_FILES)
+            read_config(folder)  # refuse what we cannot run before fetching gigabytes of it
+            _check_weights(repo, revision, cache)
+            return _snapshot(repo, revision, cache, CONFIG_FILES + WEIGHT_FILES)
+    except (OSError, NETWORK_ERROR, RuntimeError) as error:  # RuntimeError: how hf_xet reports its failures
+        raise _explained(error, repo, revision, cache) from error
+
+
+def _snapshot(
+    repo: str, revision: str | None, cache_dir: Path | None, patterns: list[str], *, offline: bool = False
+) -> Path:
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            ignore_patterns=UNWANTED,
+            local_files_only=offline,
+        )
+    )
+
+
+def _check_weights(repo: str, revision: str | None, cache: Path) -> None:
+    """Refuse a repository without safetensors, and a download that the disk has no room for."""
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    weights = [name for name in files if fnmatch(name, "*.safetensors") and not _unwanted(name)]
+    if not weights:
+        raise ModelNotFoundError(
+            f"{repo} has no .safetensors files in Hugging Face's layout, and pickle files (*.bin, *.pth) are never "
+            "read because opening them can run code; choose another repository, or a conversion of this one"
+        )
+    snapshot = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / str(info.sha)
+    needed = sum(files[name] for name in weights if not (snapshot / name).exists())
+    disk = next(parent for parent in (snapshot, *snapshot.parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise ModelNotFoundError(
+            f"no disk space for {repo}: {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free under {disk}; "
+            "make room, or name another disk with HF_HOME"
+        )
+
+
+def _unwanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in UNWANTED)
+
+
+def _explained(error: Exception, repo: str, revision: str | None, cache: Path) -> ModelNotFoundError:
+    """What went wrong and what to do, in one line, out of what huggingface_hub raised."""
+    page = f"https://huggingface.co/{repo}"
+    if isinstance(error, GatedRepoError):
+        return GatedModelError(
+            f"{repo} is gated: accept its licence on {page}, then give your token with `hf auth login` or HF_TOKEN; "
+            "models that need neither: tinyllama, smollm2-*, qwen2.5-*"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"the hub has no repository {repo} (or it is private); check {page}, or log in with `hf auth login`"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFoundError(f"{repo} has no revision {revision!r}; its branches and tags are on {page}/tree/main")
+    if isinstance(error, LocalEntryNotFoundError):
+        return ModelNotFoundError(
+            f"{repo} is not in the cache and the hub cannot be reached ({_reason(error)}); check the network and retry"
+        )
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return ModelNotFoundError(
+            f"no disk space left in {cache} while downloading {repo}; make room and run again (finished files are "
+            "kept), or name another disk with HF_HOME"
+        )
+    if isinstance(error, OSError) and error.errno in READ_ONLY:
+        return ModelNotFoundError(
+            f"the cache folder {cache} cannot be written ({error.strerror}: {error.filename}); "
+            "name another one with HF_HOME"
+        )
+    return ModelNotFoundError(f"the download of {repo} failed ({_reason(error)}); run again: finished files are kept")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what lies behind an error."""
+    cause = error.__cause__ or error
+    lines = str(cause).splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0]}"
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """huggingface_hub's bars (on stderr), or none for a while."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,246 @@
+"""Text in, text out: a model, its tokenizer and one bounded cache.
+
+    llm = LLM.load("mistral-7b", budget=0.3)
+    print(llm.generate("Once upon a time").text)
+
+The library's front.  It prints nothing; the command line is built on it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, CachePlan
+from .chat import Message
+from .checkpoint import Checkpoint
+from .errors import ContextFullError, PromptError
+from .generate import feed
+from .hub import EMBEDDED
+from .model import Transformer
+from .results import Result, Score, Usage
+from .sampling import SamplingParams
+from .stream import Stream, target_logprobs
+
+Prompt = str | Sequence[int] | Tensor
+Progress = Callable[[int, int], None]
+
+
+class LLM:
+    """Owns one cache, allocated here and never again.  One request at a time: a new one ends the one before.
+
+    Any number of LLMs may share one model: `LLM(llm.checkpoint, llm.model, llm.checkpoint.plan(budget=64))`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Transformer, plan: CachePlan, *, chunk: int = 256) -> None:
+        """`chunk`: how many tokens of a prompt go through the linear layers together (memory against speed)."""
+        if chunk < 1:
+            raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
+        trained = checkpoint.config.max_position_embeddings
+        if plan.whole > trained:
+            warnings.warn(f"the context of {plan.whole:,} tokens is longer than the {trained:,} that {checkpoint.name} was "
+                          "trained for: positions beyond are extrapolated", stacklevel=2)
+        self.checkpoint, self.model, self.plan, self.chunk = checkpoint, model, plan, chunk
+        self.cache = plan.allocate(checkpoint.device)
+        self.owner: object = None  # whoever fed the cache last: nobody else may go on with what is in it
+
+    @classmethod
+    def load(
+        cls,
+        name: str = EMBEDDED,
+        *,
+        budget: Budget | str | float | None = None,
+        context: int | None = None,
+        policy: str | None = None,
+        chunk: int = 256,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        offline: bool = False,
+        **options: int | None,
+    ) -> LLM:
+        """Load a model by alias, hub id or folder.
+
+        budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
+        context: the whole of a fraction; default the smaller of the model's context and 8,192.
+        options: sinks, recent, evict_every, and those of the policy (hash_bits, policy_seed).
+        Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
+        """
+        checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
+        plan = checkpoint.plan(budget=budget, context=context, policy=policy, **options)
+        return cls(checkpoint, checkpoint.load_model(), plan, chunk=chunk)
+
+    @overload
+    def generate(self, prompt: list[str], **options: object) -> list[Result]: ...
+    @overload
+    def generate(self, prompt: Prompt, **options: object) -> Result: ...
+    def generate(self, prompt: Prompt | list[str], **options: object) -> Result | list[Result]:
+        """Answer one prompt, or a list of them one after the other, each from an empty cache.  Options as in `stream`."""
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+            return [self.stream(one, **options).finish() for one in prompt]  # type: ignore[arg-type]
+        return self.stream(prompt, **options).finish()  # type: ignore[arg-type]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        progress: Progress | None = None,
+        **sampling: object,
+    ) -> Stream:
+        """An iterator over the pieces of the answer's text; its `.result` says everything else.
+
+        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids as they are.
+        params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
+        progress(tokens read, tokens in all) follows a long prompt.
+        """
+        tokens = self.encode(prompt, raw=raw, system=system) if isinstance(prompt, str) else self._ids(prompt)
+        return Stream(self, tokens, self._params(params, sampling), progress=progress,
+                      continuation=raw or self.checkpoint.template is None)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **sampling: object) -> Result:
+        """Answer a conversation, given whole, from an empty cache; see `Conversation` for one that lives in the cache."""
+        template = self.checkpoint.template
+        if template is None:
+            raise PromptError(f"{self.checkpoint.name} has no chat template; use generate, which continues plain text")
+        tokens = self._ids(self.checkpoint.tokenizer.encode(template.render(messages), bos=False))
+        return Stream(self, tokens, self._params(params, sampling)).finish()
+
+    def encode(self, text: str | Iterable[str], *, raw: bool = False, system: str | None = None) -> Tensor:
+        """Token ids [n] int32 of a prompt, as `generate` feeds it; pieces of a long text are encoded in bounded memory.
+
+        Raises PromptError where nothing would be left to feed, or for a system message that nothing can carry.
+        """
+        return encode_prompt(self.checkpoint, text, raw=raw, system=system)
+
+    @torch.inference_mode()
+    def score(
+        self, tokens: Sequence[int] | Tensor, *, rows: int | None = None, context: int | None = None,
+        progress: Progress | None = None,
+    ) -> Score:
+        """How well the model predicts token ids [n] under its budget: the mean of -log p of every token but a row's first.
+
+        The stream is cut into rows of context + 1 tokens (None: one row), each scored from an empty cache; `rows` limits
+        them.  The same bounded path as generation, fed with the text itself (teacher forcing).
+        """
+        ids = self._ids(tokens)
+        pieces = ids.split(len(ids) if context is None else context + 1)[:rows]
+        pieces = tuple(piece for piece in pieces if len(piece) > 1)
+        if not pieces:
+            raise PromptError(f"a text of {len(ids)} tokens has nothing to score: the first token is given, not predicted")
+        total, done, count = 0.0, 0, sum(len(piece) - 1 for piece in pieces)
+        self.owner = None
+        for piece in pieces:
+            self.cache.reset()
+            self.require_room(len(piece) - 1)
+            at = 0
+            for hidden in feed(self.model, self.cache, piece[None, :-1], self.chunk):  # [1, T, hidden]
+                targets = piece[at + 1 : at + 1 + hidden.shape[1]].to(hidden.device, torch.int64)  # [T]
+                scored = target_logprobs(self.model, hidden[0], targets, self.real_vocab)  # [T]
+                total -= float(scored.sum(dtype=torch.float64))
+                at += len(targets)
+                if progress is not None:
+                    progress(done + at, count)
+            done += at
+        usage = Usage.of(self.cache, prompt=count, completion=0)
+        nats = total / count
+        return Score(count, nats, math.exp(nats), usage, self.plan.summary())
+
+    @property
+    def real_vocab(self) -> int:
+        """Ids that mean something: rows of the output projection beyond the tokenizer's are padding."""
+        return min(self.checkpoint.tokenizer.vocab_size, self.checkpoint.config.vocab_size)
+
+    def require_room(self, tokens: int) -> int:
+        """Tokens that can still enter the cache; ContextFullError if that is less than `tokens`, before any is fed."""
+        if self.plan.policy.evicts:
+            return 2**31 - 1 - self.cache.seen[0]  # positions are 32-bit
+        room = self.plan.slots - self.cache.seen[0]
+        if tokens > room:
+            raise ContextFullError(
+                f"{tokens:,} tokens do not fit: {room:,} of {self.plan.slots:,} slots are free and policy "
+                f"'{self.plan.policy.name}' never evicts; raise --context, or name a --budget with a policy that evicts"
+            )
+        return room
+
+    def _params(self, params: SamplingParams | None, sampling: dict[str, object]) -> SamplingParams:
+        if params is not None:
+            if sampling:
+                raise PromptError(f"both params and {', '.join(sampling)} were given: put everything into one of them")
+            return params
+        return SamplingParams(**{**self.checkpoint.sampling_defaults, **sampling})  # type: ignore[arg-type]
+
+    def _ids(self, prompt: Sequence[int] | Tensor) -> Tensor:
+        """Token ids as int32 [n]; raises PromptError for none, or one that the model has no embedding for."""
+        tokens = torch.as_tensor(prompt).to("cpu")
+        if tokens.numel() == 0:
+            raise PromptError("the prompt is empty: give at least one token")
+        if tokens.ndim != 1 or tokens.is_floating_point():
+            raise PromptError(f"token ids must be one row of whole numbers, not {tokens.dtype} of shape {list(tokens.shape)}")
+        low, high, limit = int(tokens.min()), int(tokens.max()), self.checkpoint.config.vocab_size
+        if low < 0 or high >= limit:
+            raise PromptError(f"token id {low if low < 0 else high} is out of range: the model has ids 0 to {limit - 1}")
+        return tokens.to(torch.int32)
+
+
+def encode_prompt(
+    checkpoint: Checkpoint, text: str | Iterable[str], *, raw: bool = False, system: str | None = None
+) -> Tensor:
+    """See `LLM.encode`; needs no weights."""
+    tokenizer, template = checkpoint.tokenizer, None if raw else checkpoint.template
+    if system is not None and template is None:
+        raise PromptError(f"a system message needs a chat template, and {'--raw turns it off' if raw else 'there is none'}")
+    if template is None:
+        tokens = tokenizer.encode_stream([text] if isinstance(text, str) else text, bos=True)
+    else:
+        opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        if isinstance(text, str):
+            pieces: Iterable[str] = [template.render([*opening, {"role": "user", "content": text}])]
+        else:  # a text too long for the template: render around it
+            before, after = template.render_around(opening)
+            pieces = chain([before], text, [after])
+        tokens = tokenizer.encode_stream(pieces, bos=False)
+    if len(tokens) == 0:
+        raise PromptError("the prompt is empty and this model has no beginning-of-sequence token: give some text")
+    return tokens
+
+
+class Conversation:
+    """A conversation that lives in an LLM's one bounded cache: only what is new is fed, and memory never grows.
+
+    Without a chat template the text is fed as it is, and the model goes on with it.
+    """
+
+    def __init__(self, llm: LLM, *, system: str | None = None) -> None:
+        if system is not None and llm.checkpoint.template is None:
+            raise PromptError("a system message needs a chat template, and this model has none")
+        self.llm, self.system = llm, system
+        self._last: Stream | None = None
+
+    def reset(self) -> None:
+        """Start again, with the same system message."""
+        self._last = None
+
+    def send(self, text: str, params: SamplingParams | None = None, **sampling: object) -> Stream:
+        """Feed one user message, and stream the answer."""
+        llm, checkpoint = self.llm, self.llm.checkpoint
+        if self._last is None:
+            tokens = llm.encode(text, system=self.system)
+        else:
+            if llm.owner is not self._last:
+                raise PromptError("another request has used this LLM's cache: the conversation in it is gone; reset it")
+            turn = text if checkpoint.template is None else checkpoint.template.render_turn(
+                {"role": "user", "content": text}, system=self.system)
+            new = checkpoint.tokenizer.encode(turn, bos=False)
+            tokens = torch.tensor([*self._last.unfed(), *new], dtype=torch.int32)  # [n]
+        self._last = Stream(llm, tokens, llm._params(params, sampling), after=self._last,
+                            continuation=checkpoint.template is None)
+        return self._last

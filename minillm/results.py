@@ -1,0 +1,85 @@
+"""What a request gives back: the answer, what was remembered and forgotten on the way, and how long it took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .cache import KVCache
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens.  seen: entered the cache since it was last empty; kept: still there, a mean over layers and KV heads."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    seen_tokens: int
+    kept_tokens: float
+    evicted_tokens: float
+
+    @classmethod
+    def of(cls, cache: KVCache, *, prompt: int, completion: int) -> Usage:
+        """Count what a cache has seen and keeps (reads the device once)."""
+        seen, kept = cache.seen[0], cache.kept()
+        return cls(prompt, completion, seen, _whole(kept), _whole(seen - kept))
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds.  first_token: from the request to the first token; generation: from the first token to the last."""
+
+    first_token_s: float
+    generation_s: float
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """What the model itself thought of a token (natural logarithms), and of the most likely ones in its place."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer.  finish_reason: stop (an end token or stop string), length (max_tokens, or the cache of `full` is
+    full), abort (interrupted).  token_ids hold a final end token; text does not."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    cache: dict[str, object]
+    timings: Timings
+    seed: int
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the fields that were not asked for."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a text was predicted: `tokens` were scored; nats are natural-logarithm units."""
+
+    tokens: int
+    nats_per_token: float
+    perplexity: float
+    usage: Usage
+    cache: dict[str, object]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)

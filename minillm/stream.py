@@ -1,0 +1,187 @@
+"""One request on its way: from token ids to pieces of text, with everything that is counted in between."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import PromptError
+from .generate import generate
+from .model import Transformer
+from .results import FinishReason, Result, Timings, TokenLogprob, Usage
+from .sampling import Sampler, SamplingParams
+from .text import IncrementalDecoder, StopMatcher
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+LOGIT_ROWS = 32  # positions that go through the output projection together: bounds the logits to 32 x V
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer's text, as they come.  `.result` may be asked at any time; before the end it says "abort".
+
+    Nothing is computed before the first piece is asked for.  A newer request on the same LLM takes the cache over: going
+    on with this one then raises.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        tokens: Tensor,
+        params: SamplingParams,
+        *,
+        after: Stream | None = None,
+        continuation: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Feed tokens [n] to an empty cache, or `after` the request whose tokens are in it.
+
+        continuation: the answer goes on with the prompt's text, so a space before its first word is real.
+        """
+        checkpoint = llm.checkpoint
+        self.llm, self.tokens, self.params = llm, tokens, params
+        self.sampler = Sampler(params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device)
+        if after is None:
+            llm.cache.reset()
+        # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
+        self._limit = min(params.max_tokens, llm.require_room(len(tokens)) - len(tokens) + 1)
+        self._progress = progress
+        self._ids, self._texts = array("i"), [""]
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+        self._fed = 0
+        self._started = self._first_at = self._last_at = 0.0
+        self._finish: FinishReason = "abort"
+        self._pieces = self._run(checkpoint.tokenizer.stream(continuation=continuation))
+        llm.owner = self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def finish(self) -> Result:
+        """Run to the end."""
+        for _ in self:
+            pass
+        return self.result
+
+    def unfed(self) -> list[int]:
+        """The last token drawn, which the model has not read, unless it ended the answer."""
+        return [] if not self._ids or self.sampler.is_stop(self._ids[-1]) else [self._ids[-1]]
+
+    @property
+    def result(self) -> Result:
+        """What there is so far; reads the device once."""
+        llm, produced = self.llm, len(self._ids)
+        waited, generating = self._first_at - self._started, self._last_at - self._first_at
+        return Result(
+            text="".join(self._texts),
+            token_ids=self._ids.tolist(),
+            finish_reason=self._finish,
+            usage=Usage.of(llm.cache, prompt=len(self.tokens), completion=produced),
+            cache=llm.plan.summary(),
+            timings=Timings(
+                first_token_s=max(0.0, waited),
+                generation_s=generating,
+                prompt_tokens_per_s=len(self.tokens) / waited if waited > 0 else 0.0,
+                generation_tokens_per_s=(produced - 1) / generating if generating > 0 else 0.0,
+            ),
+            seed=self.sampler.seed,
+            logprobs=None if self.params.logprobs is None else self._logprobs,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else self._prompt_logprobs,
+        )
+
+    def _run(self, decoder: IncrementalDecoder) -> Iterator[str]:
+        """Generate, and show text as soon as it is certain: whole characters, and no beginning of a stop string."""
+        stops = StopMatcher(self.params.stop)
+        for token_id in self._tokens():
+            ended = self.sampler.is_stop(token_id)
+            text, stopped = stops.push(decoder.flush() if ended else decoder.push(token_id))
+            if ended or stopped:
+                self._finish = "stop"
+            yield from self._show(text)
+            if stopped:
+                return
+        text, stopped = stops.push(decoder.flush())
+        text += stops.flush()
+        if self._finish != "stop":
+            self._finish = "stop" if stops.stopped else "length"
+        yield from self._show(text)
+
+    def _show(self, text: str) -> Iterator[str]:
+        if text:
+            self._texts.append(text)
+            yield text
+
+    def _tokens(self) -> Iterator[int]:
+        """The token ids as they are drawn, noted and timed."""
+        llm = self.llm
+        self._require_cache()
+        self._started = time.perf_counter()
+        if self.params.repetition_penalty != 1:
+            self.sampler.observe_prompt(self.tokens)
+        samples = generate(
+            llm.model,
+            llm.cache,
+            self.tokens,
+            self.sampler,
+            max_tokens=self._limit,
+            chunk=llm.chunk,
+            on_prompt=self._note_prompt,
+        )
+        for sample in samples:
+            self._last_at = time.perf_counter()
+            self._first_at = self._first_at or self._last_at
+            self._ids.append(sample.token_id)
+            if sample.logprob is not None:
+                self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
+            yield sample.token_id
+            self._require_cache()
+
+    def _require_cache(self) -> None:
+        if self.llm.owner is not self:
+            raise PromptError(
+                "a newer request has taken over this LLM's cache; for two at a time use a second LLM over the same model"
+            )
+
+    def _note_prompt(self, hidden: Tensor) -> None:
+        """Look at the hidden states [1, T, hidden] of one chunk of the prompt: log-probabilities and progress."""
+        start, self._fed = self._fed, self._fed + hidden.shape[1]
+        if self.params.prompt_logprobs is not None:
+            if start == 0:
+                self._prompt_logprobs.append(None)  # nothing predicts the first token
+            targets = self.tokens[start + 1 : self._fed + 1].to(torch.int64)  # [T], one less at the end
+            blocks = log_probabilities(self.llm.model, hidden[0, : len(targets)], self.llm.real_vocab)
+            for block, wanted in zip(blocks, targets.split(LOGIT_ROWS), strict=True):
+                self._prompt_logprobs += _describe(block.cpu(), wanted, self.params.prompt_logprobs)
+        if self._progress is not None:
+            self._progress(self._fed, len(self.tokens))
+
+
+def log_probabilities(model: Transformer, hidden: Tensor, real_vocab: int) -> Iterator[Tensor]:
+    """Log-probabilities over the real vocabulary for hidden states [T, hidden], a few positions at a time: [<=32, V']."""
+    for block in hidden.split(LOGIT_ROWS):
+        yield model.logits(block)[:, :real_vocab].log_softmax(-1)  # [n, V']
+
+
+def target_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, real_vocab: int) -> Tensor:
+    """log p of targets [T] given the hidden states [T, hidden] before them: [T]."""
+    blocks = zip(log_probabilities(model, hidden, real_vocab), targets.split(LOGIT_ROWS), strict=True)
+    return torch.cat([block.gather(1, wanted[:, None])[:, 0] for block, wanted in blocks])  # [T]
+
+
+def _describe(logprobs: Tensor, targets: Tensor, count: int) -> list[TokenLogprob]:
+    """logprobs [n, V'] and the n tokens that came -> what `logprobs=count` reports of each."""
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]))  # [n, count]
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]  # [n]
+    return [
+        TokenLogprob(token, logprob, list(zip(best, scores, strict=True)))
+        for token, logprob, best, scores in zip(
+            targets.tolist(), chosen.tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
