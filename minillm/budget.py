@@ -16,11 +16,12 @@ import torch
 
 from .cache import QUERY_BLOCK, KVCache, cache_bytes
 from .config import ModelConfig
-from .errors import BudgetError
+from .errors import BudgetError, ContextFullError
 from .eviction import EvictionPolicy, Retention
 from .policies import make_policy
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+MAX_POSITION = 2**31 - 1  # positions are 32-bit
 ACCEPTED = "a fraction in (0, 1] such as 0.3, a whole number of tokens such as 2048, or bytes such as 512MiB"
 
 
@@ -141,6 +142,18 @@ class CachePlan:
     def slots(self) -> int:
         """Slots per layer, KV head and row."""
         return self.retention.slots
+
+    def require_room(self, tokens: int, seen: int = 0) -> int:
+        """Tokens that may still enter a cache that has seen `seen`; ContextFullError if that is less than `tokens`."""
+        if self.policy.evicts:
+            return MAX_POSITION - seen
+        room = self.slots - seen
+        if tokens > room:
+            raise ContextFullError(
+                f"{tokens:,} tokens do not fit: {room:,} of {self.slots:,} slots are free and policy '{self.policy.name}' "
+                "never evicts; raise --context, or name a --budget"
+            )
+        return room
 
     def bytes_by_part(self) -> dict[str, int]:
         """Bytes of the cache by part, over all layers and rows."""

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from minillm.errors import TemplateError
-from minillm.vocabulary import read_json, read_special_tokens
+from .errors import TemplateError
+from .vocabulary import read_json, read_special_tokens
 
 _MAX_TEMPLATE = 64 * 1024  # characters; real ones have up to 20,000
 _MAX_OUTPUT = 1024 * 1024  # characters, beside those of the messages

@@ -62,6 +62,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)  # org/name, no '..'
+BARE = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)  # one name: neither a path nor a hub id
 CONFIG_FILES = [
     "config.json",
     "generation_config.json",
@@ -88,53 +89,65 @@ def resolve(
     offline: bool = False,
     cache_dir: Path | None = None,
     progress: bool = True,
+    weights: bool = True,
 ) -> Path:
-    """The folder of a model named by path, alias or hub id; downloads only what is on this disk nowhere.
+    """The folder of a model named by path, alias or hub id; downloads only what is nowhere on this disk.
 
-    `revision` is a branch, tag or commit of the hub; `cache_dir` replaces the hub's own.  Raises ModelNotFoundError (or
-    GatedModelError) with the remedy, ConfigError for a model that cannot be run.
+    `revision` is a branch, tag or commit of the hub; `cache_dir` replaces the hub's own; without `weights` the small
+    files are enough, to plan before a download.  Raises ModelNotFoundError (or GatedModelError) with the remedy,
+    ConfigError for a model that cannot be run.
     """
-    folder = _local(name)
+    folder = _local(name, revision)
     if folder is not None:
-        if revision is not None:
-            raise ModelNotFoundError(f"revision {revision!r} means nothing for the folder {folder}; leave it out")
         return folder
     repo = _hub_id(name)
-    cached = _cached(repo, revision, cache_dir)
+    cached = _cached(repo, revision, cache_dir, weights)
     if cached is not None:
         return cached
     if offline:
         wanted = f"{repo} at revision {revision}" if revision else repo
         raise ModelNotFoundError(f"{wanted} is not in the cache and downloads are off; run once without --offline")
-    return _download(repo, revision, cache_dir, progress)
+    return _download(repo, revision, cache_dir, progress, weights)
 
 
 def pull(name: str, *, revision: str | None = None, cache_dir: Path | None = None, progress: bool = True) -> Path:
-    """Fetch, or bring up to date, a model named by alias or hub id; the folder it is in.  Errors as in `resolve`."""
-    return _download(_hub_id(name), revision, cache_dir, progress)
+    """Like `resolve`, but asks the hub for the newest version even of what is in the cache."""
+    return _local(name, revision) or _download(_hub_id(name), revision, cache_dir, progress, weights=True)
 
 
-def _local(name: str) -> Path | None:
+def _local(name: str, revision: str | None) -> Path | None:
     """The folder that `name` is, or that carries it in a `weights` folder; None if it can only be on the hub."""
+    found = next((folder for folder in _candidates(name) if (folder / "config.json").is_file()), None)
+    if found is not None:
+        if revision is not None:
+            raise ModelNotFoundError(f"revision {revision!r} means nothing for the folder {found}; leave it out")
+        return found
+    path = _path(name)
+    if name in ALIASES or (HUB_ID.fullmatch(name) and not path.exists()):
+        return None
+    if path.is_dir():
+        raise ModelNotFoundError(f"folder {path} has no config.json; expected a model in Hugging Face's layout")
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file; name the folder it is in")
+    if not BARE.fullmatch(name):
+        raise ModelNotFoundError(f"folder {path} does not exist, and {name!r} is no hub id (org/name)")
+    return None
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    """Where a model of this name may lie: as a path, then in the `weights` of here, of the wheel, of the repository."""
     if not name.strip():
         raise ModelNotFoundError("the model's name is empty; give a folder, a hub id (org/name) or an alias")
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    if (path / "config.json").is_file():
-        return path
-    if "/" not in name and "\\" not in name and name not in ("", ".", ".."):
+    yield _path(name)
+    if BARE.fullmatch(name):
         package = Path(__file__).parent
-        source = package.parent if (package.parent / "pyproject.toml").is_file() else package
-        for weights in (Path.cwd() / "weights", package / "weights", source / "weights"):
-            if (weights / name / "config.json").is_file():
-                return weights / name
-    if name not in ALIASES and not (HUB_ID.fullmatch(name) and not path.exists()):
-        if path.is_dir():
-            raise ModelNotFoundError(f"folder {path} has no config.json; expected a model in Hugging Face's layout")
-        if path.exists():
-            raise ModelNotFoundError(f"{path} is a file; name the folder it is in")
-        if "/" in name or "\\" in name or name.startswith(("~", ".")):
-            raise ModelNotFoundError(f"folder {path} does not exist, and {name!r} is no hub id (org/name)")
-    return None
+        yield from (Path.cwd() / "weights" / name, package / "weights" / name)
+        if (package.parent / "pyproject.toml").is_file():
+            yield package.parent / "weights" / name
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)
 
 
 def _hub_id(name: str) -> str:
@@ -142,31 +155,36 @@ def _hub_id(name: str) -> str:
         return name
     if name in ALIASES:
         return ALIASES[name]
-    near = difflib.get_close_matches(name.lower(), [EMBEDDED, *ALIASES], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join([EMBEDDED, *ALIASES])}."
+    known = [alias for alias in (EMBEDDED, *ALIASES) if alias != name]
+    near = difflib.get_close_matches(name.lower(), known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
     raise ModelNotFoundError(f"unknown model {name!r}: {hint} A folder or a hub id (org/name) will do, too")
 
 
-def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | None:
+def _cached(repo: str, revision: str | None, cache_dir: Path | None, weights: bool) -> Path | None:
     """The complete snapshot of a repository in the cache, without asking the network."""
     try:
-        folder = _snapshot(repo, revision, cache_dir, CONFIG_FILES + WEIGHT_FILES, offline=True)
+        folder = _snapshot(repo, revision, cache_dir, CONFIG_FILES + WEIGHT_FILES * weights, offline=True)
     except LocalEntryNotFoundError:
         return None
+    needed = {"config.json"}
     try:
-        index = folder / INDEX
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
-    except (ValueError, KeyError, AttributeError, OSError):
-        return None  # damaged: downloading again is the remedy
-    return folder if all((folder / file).is_file() for file in ("config.json", *shards)) else None
+        if weights:
+            index = folder / INDEX
+            needed |= set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
+        return folder if all((folder / file).is_file() for file in needed) else None
+    except (ValueError, KeyError, AttributeError, TypeError, OSError):
+        return None  # a damaged index: downloading again is the remedy
 
 
-def _download(repo: str, revision: str | None, cache_dir: Path | None, progress: bool) -> Path:
+def _download(repo: str, revision: str | None, cache_dir: Path | None, progress: bool, weights: bool) -> Path:
     cache = cache_dir or Path(constants.HF_HUB_CACHE)
     try:
         with _progress_bars(progress):
             folder = _snapshot(repo, revision, cache, CONFIG_FILES)
             read_config(folder)  # refuse what we cannot run before fetching gigabytes of it
+            if not weights:
+                return folder
             _check_weights(repo, revision, cache)
             return _snapshot(repo, revision, cache, CONFIG_FILES + WEIGHT_FILES)
     except (OSError, NETWORK_ERROR, RuntimeError) as error:  # RuntimeError: how hf_xet reports its failures
@@ -192,7 +210,8 @@ def _check_weights(repo: str, revision: str | None, cache: Path) -> None:
     """Refuse a repository without safetensors, and a download that the disk has no room for."""
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     files = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    weights = [name for name in files if fnmatch(name, "*.safetensors") and not _unwanted(name)]
+    unwanted = {name for name in files for pattern in UNWANTED if fnmatch(name, pattern)}
+    weights = [name for name in files if name.endswith(".safetensors") and name not in unwanted]
     if not weights:
         raise ModelNotFoundError(
             f"{repo} has no .safetensors files in Hugging Face's layout, and pickle files (*.bin, *.pth) are never "
@@ -207,10 +226,6 @@ def _check_weights(repo: str, revision: str | None, cache: Path) -> None:
             f"no disk space for {repo}: {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free under {disk}; "
             "make room, or name another disk with HF_HOME"
         )
-
-
-def _unwanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in UNWANTED)
 
 
 def _explained(error: Exception, repo: str, revision: str | None, cache: Path) -> ModelNotFoundError:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .budget import Budget, CachePlan
 from .chat import Message
 from .checkpoint import Checkpoint
-from .errors import ContextFullError, PromptError
+from .errors import PromptError
 from .generate import feed
 from .hub import EMBEDDED
 from .model import Transformer
@@ -140,7 +140,7 @@ class LLM:
         self.owner = None
         for piece in pieces:
             self.cache.reset()
-            self.require_room(len(piece) - 1)
+            self.plan.require_room(len(piece) - 1)
             at = 0
             for hidden in feed(self.model, self.cache, piece[None, :-1], self.chunk):  # [1, T, hidden]
                 targets = piece[at + 1 : at + 1 + hidden.shape[1]].to(hidden.device, torch.int64)  # [T]
@@ -158,18 +158,6 @@ class LLM:
     def real_vocab(self) -> int:
         """Ids that mean something: rows of the output projection beyond the tokenizer's are padding."""
         return min(self.checkpoint.tokenizer.vocab_size, self.checkpoint.config.vocab_size)
-
-    def require_room(self, tokens: int) -> int:
-        """Tokens that can still enter the cache; ContextFullError if that is less than `tokens`, before any is fed."""
-        if self.plan.policy.evicts:
-            return 2**31 - 1 - self.cache.seen[0]  # positions are 32-bit
-        room = self.plan.slots - self.cache.seen[0]
-        if tokens > room:
-            raise ContextFullError(
-                f"{tokens:,} tokens do not fit: {room:,} of {self.plan.slots:,} slots are free and policy "
-                f"'{self.plan.policy.name}' never evicts; raise --context, or name a --budget with a policy that evicts"
-            )
-        return room
 
     def _params(self, params: SamplingParams | None, sampling: dict[str, object]) -> SamplingParams:
         if params is not None:
@@ -229,8 +217,16 @@ class Conversation:
         """Start again, with the same system message."""
         self._last = None
 
-    def send(self, text: str, params: SamplingParams | None = None, **sampling: object) -> Stream:
-        """Feed one user message, and stream the answer."""
+    def usage(self) -> Usage:
+        """What the cache has seen of the conversation, and keeps."""
+        if self._last is None:
+            return Usage(0, 0, 0, 0, 0)
+        return Usage.of(self.llm.cache, prompt=len(self._last.tokens), completion=self._last.completion_tokens)
+
+    def send(
+        self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **sampling: object
+    ) -> Stream:
+        """Feed one user message, and stream the answer; arguments as in `LLM.stream`."""
         llm, checkpoint = self.llm, self.llm.checkpoint
         if self._last is None:
             tokens = llm.encode(text, system=self.system)
@@ -242,5 +238,5 @@ class Conversation:
             new = checkpoint.tokenizer.encode(turn, bos=False)
             tokens = torch.tensor([*self._last.unfed(), *new], dtype=torch.int32)  # [n]
         self._last = Stream(llm, tokens, llm._params(params, sampling), after=self._last,
-                            continuation=checkpoint.template is None)
+                            continuation=checkpoint.template is None, progress=progress)
         return self._last

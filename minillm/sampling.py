@@ -14,9 +14,9 @@ The order is fixed, and this is its one place:
     and the same noise chooses the same token when two runs differ by a rounding error.
 
 How others order the same steps (all three have more samplers):
-  Hugging Face transformers 5.23 (`_get_logits_processor`): bias, repetition, min tokens, temperature, top-k, top-p, min-p
-  vLLM 0.22 (`v1/sample/sampler.py`): log-probabilities, min tokens, bias, penalties, temperature, min-p, top-k and top-p
-  llama.cpp (default of `--samplers`): penalties, top-k, top-p, min-p, temperature, which so never changes who may be drawn
+  Hugging Face 5.23 (`_get_logits_processor`): bias, repetition, min tokens, temperature, top-k, top-p, min-p
+  vLLM 0.22 (`v1/sample/sampler.py`): log-probabilities, min tokens, bias, penalties, temperature, min-p, top-k, top-p
+  llama.cpp (default of `--samplers`): penalties, top-k, top-p, min-p, temperature, which never changes who may be drawn
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Sampler:
         chosen, peak, *rest = torch.cat([fact.float() for fact in facts]).tolist()
         if not math.isfinite(peak):
             raise CheckpointError(
-                f"the model's logits hold {peak}: its weights are damaged or overflow in this dtype; try --dtype float32"
+                f"the model's logits hold {peak}: the weights are damaged or overflow in this dtype; try float32"
             )
         token_id = int(chosen)
         self._record(token_id)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 LOGIT_ROWS = 32  # positions that go through the output projection together: bounds the logits to 32 x V
 
 
+class _StoppedInPromptError(Exception):
+    """`stop` was called while the prompt was read."""
+
+
 class Stream(Iterator[str]):
     """Pieces of an answer's text, as they come.  `.result` may be asked at any time; before the end it says "abort".
 
@@ -50,12 +54,12 @@ class Stream(Iterator[str]):
         if after is None:
             llm.cache.reset()
         # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
-        self._limit = min(params.max_tokens, llm.require_room(len(tokens)) - len(tokens) + 1)
+        self._limit = min(params.max_tokens, llm.plan.require_room(len(tokens), llm.cache.seen[0]) - len(tokens) + 1)
         self._progress = progress
         self._ids, self._texts = array("i"), [""]
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob | None] = []
-        self._fed = 0
+        self._fed, self._stopping = 0, False
         self._started = self._first_at = self._last_at = 0.0
         self._finish: FinishReason = "abort"
         self._pieces = self._run(checkpoint.tokenizer.stream(continuation=continuation))
@@ -69,6 +73,15 @@ class Stream(Iterator[str]):
         for _ in self:
             pass
         return self.result
+
+    def stop(self) -> None:
+        """Ask for an early end, from a signal handler or another thread: heeded after the present chunk or token."""
+        self._stopping = True
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens drawn so far."""
+        return len(self._ids)
 
     def unfed(self) -> list[int]:
         """The last token drawn, which the model has not read, unless it ended the answer."""
@@ -107,10 +120,11 @@ class Stream(Iterator[str]):
             yield from self._show(text)
             if stopped:
                 return
-        text, stopped = stops.push(decoder.flush())
-        text += stops.flush()
-        if self._finish != "stop":
-            self._finish = "stop" if stops.stopped else "length"
+        text = stops.push(decoder.flush())[0] + stops.flush()
+        if stops.stopped:
+            self._finish = "stop"
+        elif self._finish != "stop" and not self._stopping:
+            self._finish = "length"
         yield from self._show(text)
 
     def _show(self, text: str) -> Iterator[str]:
@@ -134,14 +148,22 @@ class Stream(Iterator[str]):
             chunk=llm.chunk,
             on_prompt=self._note_prompt,
         )
-        for sample in samples:
-            self._last_at = time.perf_counter()
-            self._first_at = self._first_at or self._last_at
-            self._ids.append(sample.token_id)
-            if sample.logprob is not None:
-                self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
-            yield sample.token_id
-            self._require_cache()
+        try:
+            for sample in samples:
+                self._last_at = time.perf_counter()
+                self._first_at = self._first_at or self._last_at
+                self._ids.append(sample.token_id)
+                if sample.logprob is not None:
+                    self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
+                yield sample.token_id
+                self._require_cache()
+                if self._stopping:
+                    return
+        except _StoppedInPromptError:
+            return
+        except (Exception, KeyboardInterrupt):
+            llm.owner = None  # a forward pass was cut in the middle: nobody may go on with what is in the cache
+            raise
 
     def _require_cache(self) -> None:
         if self.llm.owner is not self:
@@ -161,6 +183,8 @@ class Stream(Iterator[str]):
                 self._prompt_logprobs += _describe(block.cpu(), wanted, self.params.prompt_logprobs)
         if self._progress is not None:
             self._progress(self._fed, len(self.tokens))
+        if self._stopping:
+            raise _StoppedInPromptError
 
 
 def log_probabilities(model: Transformer, hidden: Tensor, real_vocab: int) -> Iterator[Tensor]:

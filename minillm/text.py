@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from minillm.errors import SamplingError
+from .errors import SamplingError
 
 # A window's encoder: (text, whether it is the beginning of the whole text) -> ids, and the character each id starts at.
 WindowEncoder = Callable[[str, bool], tuple[list[int], list[int]]]
@@ -96,21 +96,26 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
     stretch in which the windows never agree is encoded as one growing window instead, so memory gives way to truth.
     """
     out = array("i")
+    overlap = max(window // 16, 64)
     chunks = _chunks(pieces, window)
     text, settled, first = next(chunks, ""), 0, True  # `settled`: the characters of `text` whose ids are in `out`
     ids, starts = encode(text, first)
     for more in chunks:
         begin = bisect_left(starts, settled)
-        border = max(begin, bisect_left(starts, len(text) - window // 16))
+        border = max(begin, bisect_left(starts, len(text) - overlap))
         for left in sorted({starts[border] if border < len(starts) else 0, 0}, reverse=True):
             longer = text[left:] + more
             new_ids, new_starts = encode(longer, first and left == 0)
             crossing = _crossing(ids, starts, begin, new_ids, [left + start for start in new_starts])
+            keep = base = 0
             if crossing is not None:
                 out.extend(ids[begin:crossing])
                 settled = starts[crossing] - left
+                keep = bisect_left(new_starts, settled - overlap)  # what is settled stays a while, as context
+                base = new_starts[keep]
                 break
-        text, ids, starts, first = longer, new_ids, new_starts, first and left == 0
+        text, ids, starts = longer[base:], new_ids[keep:], [start - base for start in new_starts[keep:]]
+        first, settled = first and left == base == 0, settled - base
     out.extend(ids[bisect_left(starts, settled) :])
     return out
 

@@ -7,13 +7,14 @@ published with.  This file must not know any model, template or prompt.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillm.errors import CheckpointError, PromptError
-from minillm.text import IncrementalDecoder, encode_in_windows
-from minillm.vocabulary import (
+from .errors import CheckpointError, PromptError
+from .text import IncrementalDecoder, encode_in_windows
+from .vocabulary import (
     Encoded,
     SentencePieceModel,
     TokenizerJson,
@@ -76,7 +77,7 @@ class Tokenizer:
         Raises PromptError for text that is not Unicode (lone surrogates).
         """
         ids = self._window(text, True)[0]
-        return self._opening(ids[:1], bos) + ids
+        return (self._opening(ids[:2]) if bos else []) + ids
 
     def encode_stream(self, pieces: Iterable[str], *, bos: bool, window: int = 32_768) -> torch.Tensor:
         """The ids `encode` would give for the joined pieces, as an int32 tensor, at four bytes a token.
@@ -86,7 +87,8 @@ class Tokenizer:
         import torch  # only here, so that reading a tokenizer does not take a second
 
         ids = encode_in_windows(self._window, pieces, window=window)
-        ids[:0] = type(ids)("i", self._opening(ids[:1].tolist(), bos))
+        if bos:
+            ids[:0] = array("i", self._opening(ids[:2].tolist()))
         return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)  # [T]
 
     def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
@@ -115,16 +117,19 @@ class Tokenizer:
         if not 0 <= token < self._vocab_size:
             raise PromptError(f"token id {token} is out of range: this tokenizer has ids 0 to {self._vocab_size - 1}")
 
-    def _opening(self, first: list[int], bos: bool) -> list[int]:
-        return [self._bos] if bos and self._bos is not None and first != [self._bos] else []
+    def _opening(self, first_two: list[int]) -> list[int]:
+        """The BOS to put first, unless the text itself says it; old Llama files then put an empty piece before it."""
+        written = self._bos in first_two and self.decode(first_two[: first_two.index(self._bos)]) == ""
+        return [] if self._bos is None or written else [self._bos]
 
     def _window(self, text: str, beginning: bool) -> Encoded:
-        """Ids and the character each starts at. A window that is not the `beginning` must not get a space put first."""
+        """Ids and the character each starts at. Only the `beginning` of a text gets a space put first."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"the text has a lone surrogate at character {error.start}: it is not UTF-8") from None
-        return self._vocabulary.encode(text) if beginning else encode_after(self._vocabulary.encode, text)
+        encode = self._vocabulary.encode
+        return encode(text) if beginning or not self._vocabulary.adds_space else encode_after(encode, text)
 
     def _id(self, name: str, special_tokens: dict[str, str | None], default: int | None) -> int | None:
         if name not in special_tokens:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from minillm.errors import CheckpointError
+from .errors import CheckpointError
 
 Encoded = tuple[list[int], list[int]]  # ids, and the character of the text each starts at
 
@@ -42,7 +42,7 @@ class Vocabulary(Protocol):
 
 
 def encode_after(encode: Callable[[str], Encoded], text: str) -> Encoded:
-    """Encodes text that follows other text: a newline, which merges with no letter, takes the space put first."""
+    """Encodes text that follows other text: a newline, a byte that never merges here, takes the space put first."""
     ids, starts = encode("\n" + text)
     begin = bisect_left(starts, 1)
     return ids[begin:], [start - 1 for start in starts[begin:]]
@@ -64,9 +64,7 @@ class TokenizerJson:
         steps = decoder.get("decoders", [decoder]) if decoder else []
         kinds = {step["type"]: step for step in steps}
         if not kinds.keys() & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise CheckpointError(
-                f"{path} decodes by {sorted(kinds)}: only byte-level and byte-fallback are supported"
-            )
+            raise CheckpointError(f"{path} decodes by {sorted(kinds)}: only byte-level and byte-fallback are supported")
         self._byte_of = _byte_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
         scheme = kinds.get("Metaspace", {}).get("prepend_scheme", "never")
@@ -126,7 +124,7 @@ class SentencePieceModel:
         self._special = {id_ for id_, entry in added.items() if entry.get("special")}
         self._special |= {id_ for id_ in range(self._size) if self._sp.IsControl(id_) or self._sp.IsUnknown(id_)}
         marks = {self._sp.IdToPiece(id_): id_ for id_ in range(self._size) if self._sp.IsControl(id_)}
-        self._marks = marks | {entry["content"]: id_ for id_, entry in added.items()}
+        self._marks: dict[str, int] = marks | {entry["content"]: id_ for id_, entry in added.items()}
         longest_first = sorted(self._marks, key=len, reverse=True)
         self._mark = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         # As in transformers: unless "legacy" is false, the text after a special token gets a space put first, too.
@@ -202,28 +200,23 @@ def _pieces(serialized: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(field number, integer, bytes) of each field of a protobuf message; the integer of a bytes field is 0."""
+    """(field number, integer, bytes) of each field of a protobuf message; of a bytes field, integer is the length."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
     while at < len(message):
-        key = varint()
-        size = varint()
-        if key & 7 == 2:  # length-delimited
-            yield key >> 3, 0, message[at : at + size]
-            at += size
-        else:
-            yield key >> 3, size, b""
+        key, at = _varint(message, at)
+        value, at = _varint(message, at)
+        end = at + (value if key & 7 == 2 else 0)  # wire type 2 is length-delimited, the others here are integers
+        yield key >> 3, value, message[at:end]
+        at = end
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The integer that begins at byte `at`, seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while message[at] >= 0x80:
+        value |= (message[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1
 
 
 def _spelled(piece: str, byte_fallback: bool) -> bytes:

@@ -13,7 +13,7 @@ import torch
 
 from minillm.config import FAMILIES, ModelConfig, RopeScaling
 from minillm.errors import ConfigError
-from minillm.loader import read_config
+from minillm.loader import read_config, weight_bytes
 from minillm.model import Transformer
 
 LLAMA: dict[str, Any] = {
@@ -89,7 +89,8 @@ def test_the_four_families_differ_as_their_table_says() -> None:
 
 
 def test_model_type_stands_in_for_absent_architectures() -> None:
-    for architectures in (None, []):
+    absent: tuple[object, ...] = (None, [])
+    for architectures in absent:
         assert parse(LLAMA, architectures=architectures, model_type="qwen3").architecture == "Qwen3ForCausalLM"
 
 
@@ -261,15 +262,14 @@ def test_real_files_parse_and_their_index_has_exactly_our_names(name: str, share
     with torch.device("meta"):
         model = Transformer(config)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    names = {key for key in index["weight_map"] if not key.endswith("rotary_emb.inv_freq")}
-    assert names == dict(model.named_parameters()).keys()
-    stored = sum(parameter.numel() for parameter in model.parameters()) * 2  # all three are stored in 16 bits
-    assert index["metadata"]["total_size"] == pytest.approx(stored, abs=32 * 64 * 4)  # but for old inv_freq tensors
+    extra = {key for key in index["weight_map"] if key.endswith("rotary_emb.inv_freq")}  # of old transformers, float32
+    assert index["weight_map"].keys() - extra == dict(model.named_parameters()).keys()
+    weights = weight_bytes(None, config, getattr(torch, str(config.dtype)))
+    assert index["metadata"]["total_size"] == weights + len(extra) * config.head_dim // 2 * 4
 
 
 def test_real_facts(shared_data: Path) -> None:
-    configs = {name: read_config(shared_data / "hf-metadata" / name) for name in ("Llama-3.2-3B-Instruct",)}
-    llama = configs["Llama-3.2-3B-Instruct"]
+    llama = read_config(shared_data / "hf-metadata" / "Llama-3.2-3B-Instruct")
     assert llama.eos_token_ids == (128001, 128008, 128009)
     assert llama.rope_scaling == RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
     assert llama.tie_word_embeddings

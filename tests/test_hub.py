@@ -8,14 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
+import minillm.hub
 from minillm.errors import ConfigError, GatedModelError, ModelNotFoundError
-from minillm.hub import ALIASES, HUB_ID, pull, resolve
+from minillm.hub import ALIASES, EMBEDDED, HUB_ID, pull, resolve
 
 from .fake_hub import TOKEN, FakeHub, Repo
 
@@ -83,6 +84,16 @@ def test_a_second_resolve_asks_nobody_and_works_offline(hub: FakeHub, tmp_path: 
     assert resolve("org/open", cache_dir=tmp_path) == folder
     assert resolve("org/open", cache_dir=tmp_path, offline=True) == folder
     assert hub.requests == []
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_small_files_are_enough_to_plan(tmp_path: Path) -> None:
+    folder = resolve("org/open", cache_dir=tmp_path, progress=False, weights=False)
+    assert _files(folder) == WANTED.keys() - {"model.safetensors"}
+    assert resolve("org/open", cache_dir=tmp_path, offline=True, weights=False) == folder
+    with pytest.raises(ModelNotFoundError, match="not in the cache"):
+        resolve("org/open", cache_dir=tmp_path, offline=True)
+    assert _files(resolve("org/open", cache_dir=tmp_path, progress=False)) == WANTED.keys()
 
 
 def test_a_second_pull_brings_up_to_date(hub: FakeHub, tmp_path: Path) -> None:
@@ -190,7 +201,7 @@ def test_no_room_is_said_before_the_download(hub: FakeHub, tmp_path: Path) -> No
 @pytest.mark.usefixtures("hub")
 def test_a_disk_that_fills_up_during_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated where the client writes: a full disk cannot be had without one."""
-    real = huggingface_hub.file_download.http_get
+    real: Callable[..., None] = huggingface_hub.file_download.http_get
 
     def full(url: str, *args: object, **options: object) -> None:
         if url.endswith("model.safetensors"):
@@ -213,7 +224,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         def refuse(path: str, *_: object, **__: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", path)
 
-        monkeypatch.setattr(huggingface_hub.file_download.os, "makedirs", refuse)
+        monkeypatch.setattr(os, "makedirs", refuse)
     with pytest.raises(ModelNotFoundError, match=r"cannot be written \(Permission denied: .*HF_HOME"):
         resolve("org/open", cache_dir=cache, progress=False)
 
@@ -250,8 +261,18 @@ def test_folders_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve("tinyllama") == tmp_path / "weights" / "tinyllama"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/here") == tmp_path / "here"
+    assert pull("here") == Path("here")
     with pytest.raises(ModelNotFoundError, match="revision 'main' means nothing for the folder here"):
         resolve("here", revision="main")
+
+
+def test_the_embedded_model_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = Path(minillm.hub.__file__).parent
+    homes = (package / "weights" / EMBEDDED, package.parent / "weights" / EMBEDDED)
+    if not any((home / "config.json").is_file() for home in homes):
+        pytest.skip(f"no model is embedded in {homes[1]}, yet")
+    assert resolve(EMBEDDED) in homes
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; we do without
         try:
-            args = build_parser().parse_args(argv)
-            status: int = args.run(args)
+            status = _run(argv)
             sys.stdout.flush()
             return status
         except MinillmError as error:
@@ -42,8 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         except OSError as error:
             return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except SystemExit as exit_:  # argparse, after --help or a mistake
-            return exit_.code if isinstance(exit_.code, int) else 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as done:  # argparse has answered: --help, --version, or a mistake
+        return int(done.code or 0)
+    status: int = args.run(args)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:

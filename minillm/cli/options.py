@@ -58,15 +58,15 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=positive, metavar="TOKENS", default=256, help="tokens read at once (default: 256)"
     )
     group.add_argument(
-        "--policy", metavar="NAME", default="hashevict", help="full, window, hashevict (default) or hashevict-key"
+        "--policy",
+        metavar="NAME",
+        help="full, window, hashevict or hashevict-key (default: hashevict under a budget, else full)",
     )
     group.add_argument("--hash-bits", type=int, metavar="P", help="bits of a hash code")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: min(4, slots/16))")
     group.add_argument("--recent", type=int, metavar="N", help="latest tokens never evicted (default: slots/4)")
     group.add_argument("--evict-every", type=int, metavar="N", help="slots freed at once (default: slots/16, 1 to 32)")
-    group.add_argument(
-        "--policy-seed", type=int, metavar="N", default=0, help="of the policy's projection (default: 0)"
-    )
+    group.add_argument("--policy-seed", type=int, metavar="N", help="of the policy's projection (default: 0)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,118 @@
+"""`minillm chat`: a conversation that lives in one bounded cache, however long it gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from .opening import load, open_checkpoint, plan_cache
+from .options import add_cache_options, add_model_options, add_sampling_options, sampling_from_args
+from .report import Meter, facts_after, facts_before, remembered, say, size
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ..llm import Conversation
+    from ..sampling import SamplingParams
+    from ..stream import Stream
+
+HELP = "/reset forgets the conversation, /stats shows what is remembered, /quit ends; Ctrl-C stops an answer"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `chat` to the command line."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk with a model",
+        description=f"Talk with a model; the conversation lives in one bounded cache. {HELP}.",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message for the chat template")
+    add_model_options(parser)
+    add_cache_options(parser)
+    add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read a line, answer it, and again, until /quit or the end of input."""
+    from ..llm import Conversation
+
+    checkpoint = open_checkpoint(args)
+    params = sampling_from_args(args, checkpoint.sampling_defaults)
+    plan = plan_cache(args, checkpoint, context=None)
+    say(facts_before(checkpoint, plan))
+    conversation = Conversation(load(args, checkpoint, plan), system=args.system)
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  # line editing and history for input()
+        say(HELP)
+    while (line := _read_line()) is not None:
+        if line.startswith("/"):
+            if line == "/quit":
+                break
+            _command(line, conversation)
+        elif line:
+            _answer(args, conversation, line, params)
+    return 0
+
+
+def _read_line() -> str | None:
+    """One line without the white space around it; None at the end of input.  Ctrl-C at the prompt discards the line."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            say("/quit or Ctrl-D ends the conversation")
+
+
+def _command(line: str, conversation: Conversation) -> None:
+    if line == "/reset":
+        conversation.reset()
+        say("the conversation is forgotten")
+    elif line == "/stats":
+        usage = conversation.usage()
+        plan = conversation.llm.plan
+        say(f"{remembered(usage)}; {plan.slots:,} slots, {size(plan.nbytes)}, policy {plan.policy.name}")
+    else:
+        say(f"unknown command {line}: {HELP}")
+
+
+def _answer(args: argparse.Namespace, conversation: Conversation, line: str, params: SamplingParams) -> None:
+    """Stream one answer; what goes wrong with one message does not end the conversation."""
+    from ..errors import MinillmError
+
+    try:
+        stream = conversation.send(line, params, progress=Meter("reading", "tokens").update)
+        with _interruptible(stream):
+            for piece in stream:
+                if not args.json:
+                    print(piece, end="", flush=True)
+    except MinillmError as error:
+        say(f"error: {error}")
+        return
+    result = stream.result
+    print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
+    if not args.json:
+        say(facts_after(result.usage, result.timings))
+
+
+@contextmanager
+def _interruptible(stream: Stream) -> Iterator[None]:
+    """Ctrl-C ends the answer between two tokens, so that the cache stays whole and the conversation goes on."""
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stream.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

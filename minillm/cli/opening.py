@@ -1,0 +1,52 @@
+"""From parsed options to a checkpoint and a planned cache: what generate, chat, score and plan share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .report import Meter
+
+if TYPE_CHECKING:
+    from ..budget import CachePlan
+    from ..checkpoint import Checkpoint
+    from ..llm import LLM
+
+
+def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that the options name; sets the number of threads on the way."""
+    import torch
+
+    from ..checkpoint import Checkpoint
+    from ..hub import EMBEDDED
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return Checkpoint.open(
+        args.model or EMBEDDED, dtype=args.dtype, device=args.device, revision=args.revision, offline=args.offline
+    )
+
+
+def plan_cache(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, context: int | None, longest: int | None = None
+) -> CachePlan:
+    """The cache that the options name; `context` is the whole where --context is not given, see Checkpoint.plan."""
+    return checkpoint.plan(
+        budget=args.budget,
+        context=args.context or context,
+        policy=args.policy,
+        longest=longest,
+        sinks=args.sinks,
+        recent=args.recent,
+        evict_every=args.evict_every,
+        hash_bits=args.hash_bits,
+        policy_seed=args.policy_seed,
+    )
+
+
+def load(args: argparse.Namespace, checkpoint: Checkpoint, plan: CachePlan) -> LLM:
+    """Read the weights, with a progress meter, and allocate the cache."""
+    from ..llm import LLM
+
+    model = checkpoint.load_model(Meter("loading", "bytes").update)
+    return LLM(checkpoint, model, plan, chunk=args.chunk)

@@ -1,0 +1,99 @@
+"""What the commands say on stderr: a line of facts before, a line after, and a meter while something takes long."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..budget import CachePlan
+    from ..checkpoint import Checkpoint
+    from ..results import Timings, Usage
+
+QUIET_S = 2.0  # what is over sooner needs no meter
+SECONDS_BETWEEN = 0.2, 10.0  # updates: on a terminal, in a log
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"minillm: {text}", file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
+    """Which model runs where, and what the budget became."""
+    retention = plan.retention
+    kept = f"{plan.slots:,} slots, {size(plan.nbytes)}"
+    if plan.budget.kind == "fraction" and not plan.budget.keeps_everything:
+        kept = f"budget {plan.budget} of {plan.whole:,} tokens = {kept}"
+    elif plan.budget.keeps_everything:
+        kept = f"no budget: everything is kept, {kept}"
+    else:
+        kept = f"budget {plan.budget} = {kept}"
+    rule = f"policy {plan.policy.name}"
+    if plan.policy.evicts:
+        rule += f" (sinks {retention.sinks}, recent {retention.recent}, evict-every {retention.evict_every})"
+    precision = str(checkpoint.dtype).removeprefix("torch.")
+    return f"{checkpoint.name} in {precision} on {checkpoint.device}; {kept}; {rule}"
+
+
+def facts_after(usage: Usage, timings: Timings) -> str:
+    """What was remembered, how fast it went, and the most memory the process ever held."""
+    return (
+        f"{usage.prompt_tokens:,} prompt + {usage.completion_tokens:,} new tokens; {remembered(usage)}; "
+        f"prompt {timings.prompt_tokens_per_s:,.0f} tok/s, generation {timings.generation_tokens_per_s:,.1f} tok/s, "
+        f"first token {timings.first_token_s:.2f} s; peak memory {size(peak_memory())}"
+    )
+
+
+def remembered(usage: Usage) -> str:
+    """Seen, kept, evicted."""
+    return f"seen {usage.seen_tokens:,}, kept {usage.kept_tokens:,}, evicted {usage.evicted_tokens:,}"
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held in RAM; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Meter:
+    """Progress on stderr for whatever takes longer than two seconds; silent otherwise, and gone at the end."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
+        self._terminal = sys.stderr.isatty()
+        self._begin = time.perf_counter()
+        self._next = self._begin + QUIET_S
+        self._shown = False
+
+    def update(self, done: int, total: int) -> None:
+        """So much is done of so much; at the end the line is taken back."""
+        now = time.perf_counter()
+        if done >= total and self._shown and self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if done >= total or now < self._next:
+            return
+        self._next = now + SECONDS_BETWEEN[not self._terminal]
+        self._shown = True
+        rate = done / (now - self._begin)
+        if self._unit == "bytes":
+            amount, speed = f"{size(done)} of {size(total)}", f"{size(rate)}/s"
+        else:
+            amount, speed = f"{done:,} of {total:,} {self._unit}", f"{rate:,.0f} {self._unit}/s"
+        left = (total - done) / rate if rate > 0 else 0.0
+        line = f"minillm: {self._what} {amount}, {speed}, {left:.0f} s left"
+        print(f"\r{line}\x1b[K" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
