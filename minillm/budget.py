@@ -1,7 +1,8 @@
 """What a budget means, and the bytes it becomes: closed-form arithmetic, done before a byte of weights is read.
 
-One definition for every command: a fraction of the whole context that is kept (0.3), a number of tokens (2048), or bytes
-(512MiB).  Fractions and tokens are per row; bytes are for all rows and count keys, values, positions, codes and policy state.
+One definition for every command: a fraction of the whole context that is kept (0.3), a number of tokens (2048), or
+bytes (512MiB).  Fractions and tokens are per row; bytes are for all rows and count keys, values, positions, codes and
+policy state.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def _positive(amount: int, text: str) -> int:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A cache that has been decided on but not allocated: the same numbers for `plan`, `generate` and the allocation."""
+    """A cache that has been decided on but not allocated: the same numbers for `plan`, `generate` and the
+    allocation.
+    """
 
     config: ModelConfig
     budget: Budget
@@ -120,8 +123,8 @@ class CachePlan:
     ) -> CachePlan:
         """Turn a budget over a context of `whole` tokens into slots.
 
-        policy: by name; the default is `full` where everything is kept and `hashevict` where not.  longest: the length of
-        the sequence where it is known, beyond which slots would stay empty.  Raises BudgetError, ConfigError.
+        policy: by name; the default is `full` where everything is kept and `hashevict` where not.  longest: the length
+        of the sequence where it is known, beyond which slots would stay empty.  Raises BudgetError, ConfigError.
         """
         if whole < 1:
             raise BudgetError(f"--context must be at least 1 token, not {whole}")
@@ -150,8 +153,8 @@ class CachePlan:
         room = self.slots - seen
         if tokens > room:
             raise ContextFullError(
-                f"{tokens:,} tokens do not fit: {room:,} of {self.slots:,} slots are free and policy '{self.policy.name}' "
-                "never evicts; raise --context, or name a --budget"
+                f"{tokens:,} tokens do not fit: {room:,} of {self.slots:,} slots are free and policy "
+                f"'{self.policy.name}' never evicts; raise --context, or name a --budget"
             )
         return room
 
@@ -186,8 +189,8 @@ class CachePlan:
 def workspace_bytes(plan: CachePlan, chunk: int) -> dict[str, int]:
     """Bytes of what one forward pass of `chunk` tokens holds at its widest moment, beside weights and cache.
 
-    activations: the stream, its normalised copy, and the three feed-forward products (or queries, keys, values and their
-    rotated copies, whichever is more).  attention: scores, their softmax and the mask of one block of queries.
+    activations: the stream, its normalised copy, and the three feed-forward products (or queries, keys, values and
+    their rotated copies, whichever is more).  attention: scores, their softmax and the mask of one block of queries.
     logits: one position in the model's dtype, in float32, and as probabilities.
     """
     config, size, width = plan.config, plan.dtype.itemsize, plan.rows * chunk

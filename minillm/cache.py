@@ -1,7 +1,7 @@
 """The bounded KV cache: a fixed number of slots per layer, allocated once, each tagged with the position of its token.
 
-This module knows where tensors live and how big they are.  It does not know how a victim is chosen (eviction.py), what a
-policy stores (policies/), or how attention is computed (backends/).
+This module knows where tensors live and how big they are.  It does not know how a victim is chosen (eviction.py), what
+a policy stores (policies/), or how attention is computed (backends/).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .eviction import EvictionPolicy, Retention
 
 NOTHING = -1  # the position of an empty slot and of a padding token: visible to nobody
-QUERY_BLOCK = 64  # queries that attend together: bounds the score matrix to H x 64 x S however large the chunk is
+QUERY_BLOCK = 64  # queries that attend together: bounds the scores to H x 64 x S however large the chunk is
 SMALLEST_VIEW = 64  # attention reads a power-of-two number of slots from here up to S, so only a few shapes ever exist
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
@@ -31,8 +31,8 @@ TensorSpec = tuple[tuple[int, ...], torch.dtype]
 class Span:
     """The tokens of one forward pass: `length` tokens for each of B rows, at consecutive positions.
 
-    `positions` [B, T] lies on the model's device, `host` is the same on the CPU, `first` the same as plain integers: the
-    decode loop knows positions without asking the device.  T may exceed `length`: the rest is padding at position -1.
+    `positions` [B, T] lies on the model's device, `host` is the same on the CPU, `first` the same as plain integers:
+    the decode loop knows positions without asking the device.  T may exceed `length`: the rest is padding at -1.
     """
 
     positions: Tensor  # [B, T] int64, on the model's device
@@ -45,8 +45,8 @@ class Span:
 class LayerCache:
     """One layer's slots.  Invariant: after construction no tensor here is ever replaced or resized, only written into.
 
-    Worked example with S = 8 slots and evict_every = 2.  Tokens 0..7 fill slots 0..7.  Token 8 finds no free slot, so two
-    victims go, say slots 3 and 5: free = [3, 5].  Token 8 is written to free[(8-8) % 2] = slot 3, token 9 to
+    Worked example with S = 8 slots and evict_every = 2.  Tokens 0..7 fill slots 0..7.  Token 8 finds no free slot, so
+    two victims go, say slots 3 and 5: free = [3, 5].  Token 8 is written to free[(8-8) % 2] = slot 3, token 9 to
     free[(9-8) % 2] = slot 5, and token 10 finds no free slot again.  The slot of a token follows from its position and
     `free` alone; nothing has to be counted.
     """
@@ -74,7 +74,7 @@ class LayerCache:
         return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def until_eviction(self, position: int) -> int:
-        """Tokens, this one included, that are written before the next eviction.  S = 8, every 2: 5 -> 3, 8 -> 2, 9 -> 1."""
+        """Tokens written before the next eviction, this one included.  S = 8, every 2: 5 -> 3, 8 -> 2, 9 -> 1."""
         slots, every = self.retention.slots, self.retention.evict_every
         return slots - position if position < slots else every - (position - slots) % every
 
@@ -122,7 +122,7 @@ class LayerCache:
         self.free.copy_(torch.where(due, victims, self.free))
 
     def reach(self, span: Span, stop: int) -> int:
-        """How many slots can hold anything once token `stop - 1` is written: slots fill from 0, so attention skips the rest."""
+        """How many slots may hold a token once `stop - 1` is written: they fill from 0, so attention skips the rest."""
         needed, view = max(span.first) + stop, SMALLEST_VIEW
         while view < needed:
             view *= 2
@@ -151,11 +151,22 @@ class KVCache:
         specs = layer_specs(config, policy, retention, rows=rows, dtype=dtype)
         self.layers = []
         for index, window in enumerate(config.sliding_windows):
-            tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
-            if "constants" in tensors:
-                tensors["constants"].copy_(policy.constants(config.head_dim, index))
-            optional = {name: tensors.pop(name, None) for name in ("tags", "constants")}
-            self.layers.append(LayerCache(**tensors, **optional, policy=policy, retention=retention, window=window))
+            made = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
+            if "constants" in made:
+                made["constants"].copy_(policy.constants(config.head_dim, index))
+            self.layers.append(
+                LayerCache(
+                    made["keys"],
+                    made["values"],
+                    made["positions"],
+                    made["free"],
+                    made.get("tags"),
+                    made.get("constants"),
+                    policy,
+                    retention,
+                    window,
+                )
+            )
         self.seen = [0] * rows
         self.reset()
 
@@ -197,7 +208,7 @@ class KVCache:
 def layer_specs(
     config: ModelConfig, policy: EvictionPolicy, retention: Retention, *, rows: int, dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
-    """Shape and dtype of every tensor of one layer: the only place that knows, for the planner and for allocation alike."""
+    """Shape and dtype of every tensor of one layer: the one place that knows, for planning and for allocation."""
     heads, slots, head_dim = config.num_key_value_heads, retention.slots, config.head_dim
     specs: dict[str, TensorSpec] = {
         "keys": ((rows, heads, slots, head_dim), dtype),

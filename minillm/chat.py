@@ -21,7 +21,7 @@ _MAX_TEMPLATE = 64 * 1024  # characters; real ones have up to 20,000
 _MAX_OUTPUT = 1024 * 1024  # characters, beside those of the messages
 _MAX_MEMORY = 512 * 1024 * 1024  # bytes, beside those of the messages
 _ROLES = ("system", "user", "assistant")
-_SENTINEL = "\ue000an earlier answer\ue001"  # private-use characters: no template and no message writes them
+_SENTINEL = "\ue000some text\ue001"  # private-use characters: no template and no message writes them
 
 # -I and -S: nothing is imported but what this very process could import, and no site packages are searched again.
 _CHILD = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_path({file!r}, run_name='__main__')"
@@ -101,10 +101,19 @@ class ChatTemplate:
         earlier: list[Message] = [{"role": "user", "content": "."}, {"role": "assistant", "content": _SENTINEL}]
         if system is not None:
             earlier.insert(0, {"role": "system", "content": system})
-        text = self.render([*earlier, message])
+        return self._around_sentinel([*earlier, message], "repeat earlier answers, so it cannot be fed turn by turn")[1]
+
+    def render_around(self, earlier: Sequence[Message]) -> tuple[str, str]:
+        """What stands before and after the text of a user message that follows `earlier`: for a text of any length."""
+        question: Message = {"role": "user", "content": _SENTINEL}
+        return self._around_sentinel([*earlier, question], "repeat the question, so no long text can stand in it")
+
+    def _around_sentinel(self, messages: Sequence[Message], needs: str) -> tuple[str, str]:
+        text = self.render(messages)
         if text.count(_SENTINEL) != 1:
-            raise TemplateError("the chat template does not repeat earlier answers, so it cannot be fed turn by turn")
-        return text.partition(_SENTINEL)[2]
+            raise TemplateError(f"the chat template does not {needs}")
+        before, _, after = text.partition(_SENTINEL)
+        return before, after
 
     def _run(self, variables: dict[str, Any], chars: int) -> str:
         request = {

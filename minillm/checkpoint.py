@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,8 +46,8 @@ class Checkpoint:
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 
-        dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda, mps.
-        Raises ModelNotFoundError, ConfigError or CheckpointError.
+        dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda,
+        mps. Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
         place = _device(device)
         folder = hub.resolve(name, revision=revision, offline=offline)
@@ -85,12 +86,23 @@ class Checkpoint:
         context: int | None = None,
         policy: str | None = None,
         longest: int | None = None,
-        **options: int | None,
+        sinks: int | None = None,
+        recent: int | None = None,
+        evict_every: int | None = None,
+        **policy_options: Any,
     ) -> CachePlan:
         """The cache that a budget over a context becomes; nothing is allocated.  See CachePlan.of for the options."""
-        whole = self.default_context if context is None else context
         return CachePlan.of(
-            self.config, budget=budget, whole=whole, dtype=self.dtype, policy=policy, longest=longest, **options
+            self.config,
+            budget=budget,
+            whole=self.default_context if context is None else context,
+            dtype=self.dtype,
+            policy=policy,
+            longest=longest,
+            sinks=sinks,
+            recent=recent,
+            evict_every=evict_every,
+            **policy_options,
         )
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
@@ -109,5 +121,7 @@ def _device(name: str) -> torch.device:
     if name not in available:
         raise ConfigError(f"device is {name!r}; choose one of auto, {', '.join(available)}")
     if not available[name]:
-        raise ConfigError(f"device {name} was asked for, but torch {torch.__version__} finds none here; use --device cpu")
+        raise ConfigError(
+            f"device {name} was asked for, but torch {torch.__version__} finds none here; use --device cpu"
+        )
     return torch.device(name)

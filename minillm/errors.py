@@ -11,8 +11,8 @@
     │   └── TemplateError        a chat template that is absent, fails, or exceeds its limits
     └── SamplingError            sampling parameters that contradict each other or are out of range
 
-A message names what is wrong, the limit, and the remedy, on one line: the command line prints it as it is and exits with
-status 2.  Errors that are not in this tree are our bugs.
+A message names what is wrong, the limit, and the remedy, on one line: the command line prints it as it is and exits
+with status 2.  Errors that are not in this tree are our bugs.
 """
 
 

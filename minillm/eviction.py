@@ -1,7 +1,7 @@
 """Who leaves when no slot is free: what a policy is, what is protected, and the one place where victims are chosen.
 
-A policy only gives scores.  Everything that all policies share - empty slots first, protection, ties, how many go at once -
-is decided here, before attention, for every policy alike.
+A policy only gives scores.  Everything that all policies share - empty slots first, protection, ties, how many go at
+once - is decided here, before attention, for every policy alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EvictionPolicy(ABC):
         return None
 
     def constants(self, head_dim: int, layer: int) -> Tensor:
-        """The fixed tensor of one layer, as `constants_spec` declares it: a function of the policy's options and the layer."""
+        """The fixed tensor of a layer, as `constants_spec` declares it: a function of options and layer alone."""
         raise NotImplementedError(f"{self.name} declares no constants")
 
     def tag(self, keys: Tensor, constants: Tensor | None) -> Tensor:
@@ -116,8 +116,8 @@ def choose(score: Tensor, positions: Tensor, now: Tensor, retention: Retention, 
     """The `evict_every` slots that go, per row and KV head: [B, Hkv, evict_every] indices, first to go first.
 
     Order: slots that nobody will see again (empty, or outside the sliding window, even if protected), then the lowest
-    score, and always ties to the oldest token.  All of it is one 64-bit integer per slot - score in the upper half, position in the
-    lower - so that no two slots compare equal and every device makes the same choice.
+    score, and always ties to the oldest token.  All of it is one 64-bit integer per slot - score in the upper half,
+    position in the lower - so that no two slots compare equal and every device makes the same choice.
     """
     now = now[:, None, None]  # [B, 1, 1]
     seat = torch.arange(positions.shape[2], device=positions.device)  # [S]
@@ -125,8 +125,8 @@ def choose(score: Tensor, positions: Tensor, now: Tensor, retention: Retention, 
     protected = (positions < retention.sinks) | (positions >= now - retention.recent)
     order = torch.where(protected, _LAST, order)
     unseen = positions < 0 if window is None else (positions < 0) | (positions <= now - window)
-    oldest_seat = (positions + 1).to(torch.int64) * positions.shape[2] + seat  # [B, Hkv, S], distinct for empty slots too
-    order = torch.where(unseen, _FIRST + oldest_seat, order)
+    age = (positions + 1).to(torch.int64) * len(seat) + seat  # [B, Hkv, S], distinct for empty slots too
+    order = torch.where(unseen, _FIRST + age, order)
     return order.topk(retention.evict_every, largest=False, sorted=True).indices  # [B, Hkv, evict_every]
 
 

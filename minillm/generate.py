@@ -1,7 +1,7 @@
 """THE decode loop, for one sequence: start reading here.
 
-Tokens in, tokens out.  The loop knows nothing of text (llm.py), of how a token is drawn (sampling.py), or of what the cache
-keeps (cache.py, eviction.py).  It is the naive oracle that faster loops are compared with.
+Tokens in, tokens out.  The loop knows nothing of text (llm.py), of how a token is drawn (sampling.py), or of what the
+cache keeps (cache.py, eviction.py).  It is the naive oracle that faster loops are compared with.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def generate(
 ) -> Iterator[Sample]:
     """Feed a prompt [n] of token ids after what the cache has already seen, then draw up to `max_tokens` tokens.
 
-    Ends after a stop token, which is yielded but never fed to the model, or after `max_tokens`.  Memory is constant: the
-    cache makes room by itself.  on_prompt sees the hidden states [1, T, hidden] of every chunk of the prompt.
+    Ends after a stop token, which is yielded but never fed to the model, or after `max_tokens`.  Memory is constant:
+    the cache makes room by itself.  on_prompt sees the hidden states [1, T, hidden] of every chunk of the prompt.
     """
     for hidden in feed(model, cache, prompt[None], chunk):  # [1, T, hidden]
         on_prompt(hidden)
@@ -47,8 +47,8 @@ def generate(
 def feed(model: Transformer, cache: KVCache, tokens: Tensor, chunk: int) -> Iterator[Tensor]:
     """Run tokens [B, n] through the model, `chunk` at a time: yields the hidden states [B, T, hidden] of every chunk.
 
-    The result does not depend on `chunk`.  The last chunk is padded to a power of two, so that the libraries below, which
-    keep something for every shape they meet, meet only a few.
+    The result does not depend on `chunk`.  The last chunk is padded to a power of two, so that the libraries below,
+    which keep something for every shape they meet, meet only a few.
     """
     for piece in tokens.split(chunk, dim=1):  # [B, T]
         length = piece.shape[1]

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -44,8 +44,11 @@ class LLM:
             raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
         trained = checkpoint.config.max_position_embeddings
         if plan.whole > trained:
-            warnings.warn(f"the context of {plan.whole:,} tokens is longer than the {trained:,} that {checkpoint.name} was "
-                          "trained for: positions beyond are extrapolated", stacklevel=2)
+            warnings.warn(
+                f"the context of {plan.whole:,} tokens is longer than the {trained:,} that {checkpoint.name} was "
+                "trained for: positions beyond are extrapolated",
+                stacklevel=2,
+            )
         self.checkpoint, self.model, self.plan, self.chunk = checkpoint, model, plan, chunk
         self.cache = plan.allocate(checkpoint.device)
         self.owner: object = None  # whoever fed the cache last: nobody else may go on with what is in it
@@ -63,7 +66,10 @@ class LLM:
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
-        **options: int | None,
+        sinks: int | None = None,
+        recent: int | None = None,
+        evict_every: int | None = None,
+        **policy_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.
 
@@ -73,7 +79,15 @@ class LLM:
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
         checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
-        plan = checkpoint.plan(budget=budget, context=context, policy=policy, **options)
+        plan = checkpoint.plan(
+            budget=budget,
+            context=context,
+            policy=policy,
+            sinks=sinks,
+            recent=recent,
+            evict_every=evict_every,
+            **policy_options,
+        )
         return cls(checkpoint, checkpoint.load_model(), plan, chunk=chunk)
 
     @overload
@@ -81,7 +95,9 @@ class LLM:
     @overload
     def generate(self, prompt: Prompt, **options: object) -> Result: ...
     def generate(self, prompt: Prompt | list[str], **options: object) -> Result | list[Result]:
-        """Answer one prompt, or a list of them one after the other, each from an empty cache.  Options as in `stream`."""
+        """Answer one prompt, or a list of them one after the other, each from an empty cache.  Options as in
+        `stream`.
+        """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             return [self.stream(one, **options).finish() for one in prompt]  # type: ignore[arg-type]
         return self.stream(prompt, **options).finish()  # type: ignore[arg-type]
@@ -98,16 +114,23 @@ class LLM:
     ) -> Stream:
         """An iterator over the pieces of the answer's text; its `.result` says everything else.
 
-        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids as they are.
-        params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
+        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids as they
+        are. params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
         progress(tokens read, tokens in all) follows a long prompt.
         """
         tokens = self.encode(prompt, raw=raw, system=system) if isinstance(prompt, str) else self._ids(prompt)
-        return Stream(self, tokens, self._params(params, sampling), progress=progress,
-                      continuation=raw or self.checkpoint.template is None)
+        return Stream(
+            self,
+            tokens,
+            self._params(params, sampling),
+            progress=progress,
+            continuation=raw or self.checkpoint.template is None,
+        )
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **sampling: object) -> Result:
-        """Answer a conversation, given whole, from an empty cache; see `Conversation` for one that lives in the cache."""
+        """Answer a conversation, given whole, from an empty cache; see `Conversation` for one that lives in the
+        cache.
+        """
         template = self.checkpoint.template
         if template is None:
             raise PromptError(f"{self.checkpoint.name} has no chat template; use generate, which continues plain text")
@@ -123,19 +146,26 @@ class LLM:
 
     @torch.inference_mode()
     def score(
-        self, tokens: Sequence[int] | Tensor, *, rows: int | None = None, context: int | None = None,
+        self,
+        tokens: Sequence[int] | Tensor,
+        *,
+        rows: int | None = None,
+        context: int | None = None,
         progress: Progress | None = None,
     ) -> Score:
-        """How well the model predicts token ids [n] under its budget: the mean of -log p of every token but a row's first.
+        """How well the model predicts token ids [n] under its budget: the mean of -log p of every token but a row's
+        first.
 
-        The stream is cut into rows of context + 1 tokens (None: one row), each scored from an empty cache; `rows` limits
-        them.  The same bounded path as generation, fed with the text itself (teacher forcing).
+        The stream is cut into rows of context + 1 tokens (None: one row), each scored from an empty cache; `rows`
+        limits them.  The same bounded path as generation, fed with the text itself (teacher forcing).
         """
         ids = self._ids(tokens)
         pieces = ids.split(len(ids) if context is None else context + 1)[:rows]
         pieces = tuple(piece for piece in pieces if len(piece) > 1)
         if not pieces:
-            raise PromptError(f"a text of {len(ids)} tokens has nothing to score: the first token is given, not predicted")
+            raise PromptError(
+                f"a text of {len(ids)} tokens has nothing to score: the first token is given, not predicted"
+            )
         total, done, count = 0.0, 0, sum(len(piece) - 1 for piece in pieces)
         self.owner = None
         for piece in pieces:
@@ -172,10 +202,14 @@ class LLM:
         if tokens.numel() == 0:
             raise PromptError("the prompt is empty: give at least one token")
         if tokens.ndim != 1 or tokens.is_floating_point():
-            raise PromptError(f"token ids must be one row of whole numbers, not {tokens.dtype} of shape {list(tokens.shape)}")
+            raise PromptError(
+                f"token ids must be one row of whole numbers, not {tokens.dtype} of shape {list(tokens.shape)}"
+            )
         low, high, limit = int(tokens.min()), int(tokens.max()), self.checkpoint.config.vocab_size
         if low < 0 or high >= limit:
-            raise PromptError(f"token id {low if low < 0 else high} is out of range: the model has ids 0 to {limit - 1}")
+            raise PromptError(
+                f"token id {low if low < 0 else high} is out of range: the model has ids 0 to {limit - 1}"
+            )
         return tokens.to(torch.int32)
 
 
@@ -185,7 +219,9 @@ def encode_prompt(
     """See `LLM.encode`; needs no weights."""
     tokenizer, template = checkpoint.tokenizer, None if raw else checkpoint.template
     if system is not None and template is None:
-        raise PromptError(f"a system message needs a chat template, and {'--raw turns it off' if raw else 'there is none'}")
+        raise PromptError(
+            f"a system message needs a chat template, and {'--raw turns it off' if raw else 'there is none'}"
+        )
     if template is None:
         tokens = tokenizer.encode_stream([text] if isinstance(text, str) else text, bos=True)
     else:
@@ -233,10 +269,19 @@ class Conversation:
         else:
             if llm.owner is not self._last:
                 raise PromptError("another request has used this LLM's cache: the conversation in it is gone; reset it")
-            turn = text if checkpoint.template is None else checkpoint.template.render_turn(
-                {"role": "user", "content": text}, system=self.system)
+            turn = (
+                text
+                if checkpoint.template is None
+                else checkpoint.template.render_turn({"role": "user", "content": text}, system=self.system)
+            )
             new = checkpoint.tokenizer.encode(turn, bos=False)
             tokens = torch.tensor([*self._last.unfed(), *new], dtype=torch.int32)  # [n]
-        self._last = Stream(llm, tokens, llm._params(params, sampling), after=self._last,
-                            continuation=checkpoint.template is None, progress=progress)
+        self._last = Stream(
+            llm,
+            tokens,
+            llm._params(params, sampling),
+            after=self._last,
+            continuation=checkpoint.template is None,
+            progress=progress,
+        )
         return self._last

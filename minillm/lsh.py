@@ -1,7 +1,8 @@
 """Locality-sensitive hashing of vectors to packed bits, whose Hamming distance estimates an angle.
 
-SimHash (Charikar 2002): for Gaussian rows r_1..r_P, bit p of a vector x is 1 where r_p . x >= 0.  For two vectors at angle
-theta the expected Hamming distance of their codes is P * theta / pi.  Nothing here knows about caches or attention.
+SimHash (Charikar 2002): for Gaussian rows r_1..r_P, bit p of a vector x is 1 where r_p . x >= 0.  For two vectors at
+angle theta the expected Hamming distance of their codes is P * theta / pi.  Nothing here knows about caches or
+attention.
 """
 
 from __future__ import annotations
@@ -30,37 +31,46 @@ def code_words(bits: int) -> tuple[int, torch.dtype]:
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WEIGHTS = {
+    1: torch.tensor([1.0, 2, 4, 8, 16, 32, 64, -128]),
+    2: 2.0 ** torch.arange(16) * torch.tensor([1.0] * 15 + [-1]),
+}
 
 
 def encode(x: Tensor, rows: Tensor) -> Tensor:
     """Codes of vectors: x [..., D] and rows [P, D] -> packed bits [..., W], dtype and W as `code_words` says."""
     precise = torch.promote_types(x.dtype, rows.dtype)
-    return pack(x.to(precise) @ rows.to(precise).T >= 0)  # [..., P] -> [..., W]
+    projected: Tensor = x.to(precise) @ rows.to(precise).T  # [..., P]
+    return pack(projected >= 0)  # [..., W]
 
 
 def pack(bits: Tensor) -> Tensor:
     """Booleans [..., P] -> integers [..., W]; bit p of the code is bit p % 16 of 16-bit piece p // 16.
 
-    A piece is a product with powers of two, which float32 holds exactly up to 2^24; the highest bit counts negative, as it
-    does in a signed integer.  With 16 bits 1,1,0,...,0,1: 1 + 2 - 32768 = -32765 = 0b1000000000000011 as int16.
+    A piece is a product with powers of two, which float32 holds exactly up to 2^24; the highest bit counts negative, as
+    it does in a signed integer.  With 16 bits 1,1,0,...,0,1: 1 + 2 - 32768 = -32765 = 0b1000000000000011 as int16.
     """
     words, dtype = code_words(bits.shape[-1])
     size = words * dtype.itemsize
     piece = 2 if size % 2 == 0 else 1
-    weights = 2.0 ** torch.arange(8 * piece, device=bits.device)
-    weights[-1] *= -1
-    padded = torch.nn.functional.pad(bits, (0, 8 * size - bits.shape[-1])).to(torch.float32)  # [..., 8 * bytes]
-    pieces = padded.unflatten(-1, (-1, 8 * piece)) @ weights  # [..., pieces]
+    if bits.shape[-1] < 8 * size:
+        bits = torch.nn.functional.pad(bits, (0, 8 * size - bits.shape[-1]))  # [..., 8 * bytes]
+    weights = _WEIGHTS[piece].to(bits.device)
+    pieces: Tensor = bits.to(torch.float32).unflatten(-1, (-1, 8 * piece)) @ weights  # [..., pieces]
     return pieces.to(_WORDS[piece]).view(dtype)  # [..., W]
 
 
 def hamming(a: Tensor, b: Tensor) -> Tensor:
-    """Number of differing bits between packed codes [..., W] of one dtype, broadcast against each other: int64 [...]."""
+    """Number of differing bits between packed codes [..., W] of one dtype, broadcast against each other: int64
+    [...].
+    """
     return _popcount(a ^ b).sum(-1)  # [...]
 
 
 def _popcount(x: Tensor) -> Tensor:
-    """Ones in every integer, by adding neighbouring bits, pairs, nibbles, then bytes (Hacker's Delight, section 5-1)."""
+    """Ones in every integer, by adding neighbouring bits, pairs, nibbles, then bytes (Hacker's Delight, section
+    5-1).
+    """
     ones, width = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}[x.itemsize], 8 * x.itemsize
     x = x - ((x >> 1) & (ones * 0x55))
     x = (x & (ones * 0x33)) + ((x >> 2) & (ones * 0x33))

@@ -1,7 +1,7 @@
 """The whole network, top to bottom: Llama and its close relatives (Mistral, Qwen2, Qwen3).
 
-Modules carry Hugging Face's names, so the mapping of checkpoint tensors is the identity.  The model holds no sequence state:
-the cache is an argument, and each layer receives its own part of it.
+Modules carry Hugging Face's names, so the mapping of checkpoint tensors is the identity.  The model holds no sequence
+state: the cache is an argument, and each layer receives its own part of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
         """tokens [B, T] at the positions of `span` -> hidden states [B, T, hidden]; the tokens enter the cache."""
@@ -131,8 +133,8 @@ class RMSNorm(nn.Module):
 def rope(positions: Tensor, inverse_frequencies: Tensor) -> Rotation:
     """cos and sin [B, 1, T, D] in float64, for positions [B, T] and frequencies [D/2] in radians per position.
 
-    Computed from positions: no table grows with the context, and a million tokens in, the angle is as exact as at the start
-    (in float32 it would be off by 0.03 rad).  The first half of sin is negated, which lets `rotate` be one roll.
+    Computed from positions: no table grows with the context, and a million tokens in, the angle is as exact as at the
+    start (in float32 it would be off by 0.03 rad).  The first half of sin is negated, which lets `rotate` be one roll.
     """
     angles = positions.to(torch.float64)[:, None, :, None] * inverse_frequencies  # [B, 1, T, D/2]
     cos, sin = angles.cos(), angles.sin()
@@ -140,7 +142,9 @@ def rope(positions: Tensor, inverse_frequencies: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of x [B, heads, T, D] by the angles of `rotation` (Hugging Face's half-split order)."""
+    """Turn the pairs (x[i], x[i + D/2]) of x [B, heads, T, D] by the angles of `rotation` (Hugging Face's half-split
+    order).
+    """
     cos, sin = rotation
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
@@ -159,7 +163,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _keep_llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's blend: short wavelengths are kept (1), long ones stretched (0), linear between, by turns in the old length."""
+    """Llama 3.1's blend: short wavelengths are kept (1), long ones stretched (0), linear between, by turns in the old
+    length.
+    """
     turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # [D/2]
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)

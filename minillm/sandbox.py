@@ -86,6 +86,7 @@ def _limit_memory(max_bytes: int) -> None:
 
 
 def main() -> None:
+    """Answers the one request on stdin; every failure of the template is an answer, too."""
     request = json.load(sys.stdin)
     _limit_memory(request["max_bytes"])
     try:

@@ -30,8 +30,8 @@ class _StoppedInPromptError(Exception):
 class Stream(Iterator[str]):
     """Pieces of an answer's text, as they come.  `.result` may be asked at any time; before the end it says "abort".
 
-    Nothing is computed before the first piece is asked for.  A newer request on the same LLM takes the cache over: going
-    on with this one then raises.
+    Nothing is computed before the first piece is asked for.  A newer request on the same LLM takes the cache over:
+    going on with this one then raises.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Stream(Iterator[str]):
         """
         checkpoint = llm.checkpoint
         self.llm, self.tokens, self.params = llm, tokens, params
-        self.sampler = Sampler(params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device)
+        self.sampler = Sampler(
+            params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device
+        )
         if after is None:
             llm.cache.reset()
         # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
@@ -168,7 +170,7 @@ class Stream(Iterator[str]):
     def _require_cache(self) -> None:
         if self.llm.owner is not self:
             raise PromptError(
-                "a newer request has taken over this LLM's cache; for two at a time use a second LLM over the same model"
+                "a newer request has taken over this LLM's cache; for two at a time use a second LLM over one model"
             )
 
     def _note_prompt(self, hidden: Tensor) -> None:
@@ -188,7 +190,9 @@ class Stream(Iterator[str]):
 
 
 def log_probabilities(model: Transformer, hidden: Tensor, real_vocab: int) -> Iterator[Tensor]:
-    """Log-probabilities over the real vocabulary for hidden states [T, hidden], a few positions at a time: [<=32, V']."""
+    """Log-probabilities over the real vocabulary for hidden states [T, hidden], a few positions at a time: [<=32,
+    V'].
+    """
     for block in hidden.split(LOGIT_ROWS):
         yield model.logits(block)[:, :real_vocab].log_softmax(-1)  # [n, V']
 

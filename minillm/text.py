@@ -91,9 +91,11 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
 
     Only about `window` characters are looked at together.  Each window begins at a token border near the end of the one
     before it; where both have the same tokens at the same characters, the ids go over from one to the other.  For BPE
-    this is exact on the left: two borders in common mean that no merge crosses them (the text left of a border and
-    right of it merge independently).  On the right it takes that a merge does not depend on text far behind it; a
-    stretch in which the windows never agree is encoded as one growing window instead, so memory gives way to truth.
+    this is exact on the left: two borders in common mean that no merge crosses them, because what is left and what is
+    right of a border merges independently.  On the right, and for a tokenizer that first splits text into words, it
+    takes that no one word is longer than the overlap, a sixteenth of the window: 2,000 newlines behind a full stop
+    could end in other tokens of the same text.  Where the windows never agree they become one growing window: memory
+    gives way to truth.
     """
     out = array("i")
     overlap = max(window // 16, 64)
@@ -107,13 +109,15 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
             longer = text[left:] + more
             new_ids, new_starts = encode(longer, first and left == 0)
             crossing = _crossing(ids, starts, begin, new_ids, [left + start for start in new_starts])
-            keep = base = 0
+            base = 0
             if crossing is not None:
                 out.extend(ids[begin:crossing])
                 settled = starts[crossing] - left
-                keep = bisect_left(new_starts, settled - overlap)  # what is settled stays a while, as context
-                base = new_starts[keep]
+                # What is settled stays a while as context, from a border on that is itself settled.
+                context = max(begin, bisect_left(starts, starts[crossing] - overlap))
+                base = max(starts[context] - left, 0)
                 break
+        keep = bisect_left(new_starts, base)
         text, ids, starts = longer[base:], new_ids[keep:], [start - base for start in new_starts[keep:]]
         first, settled = first and left == base == 0, settled - base
     out.extend(ids[bisect_left(starts, settled) :])

@@ -1,7 +1,7 @@
 """Bounded attention written out naively: Python lists, one token and one head at a time, no state in tensors.
 
-Follows hashevict.md sections 1 and 2 (distance to the current query's code, summed over the group; or to the newest key's
-code) and design.md's order of events: evict, write, attend.
+Follows hashevict.md sections 1 and 2 (distance to the current query's code, summed over the group; or to the newest
+key's code) and design.md's order of events: evict, write, attend.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class NaiveHead:
         """queries [G, D], key and value [D] of the token at `position` -> [G, D]."""
         if len(self.live) == self.slots:
             unseen = [e for e in self.live if self.window is not None and e.position <= position - self.window]
-            candidates = [
-                e for e in self.live if e not in unseen and self.sinks <= e.position < position - self.recent
-            ]
+            candidates = [e for e in self.live if e not in unseen and self.sinks <= e.position < position - self.recent]
             probes = [self.code(x) for x in ([key] if self.policy == "hashevict-key" else queries)]
             candidates.sort(key=lambda e: (self.worth(e, probes), e.position))
             victims = (unseen + candidates)[: self.every]

@@ -32,13 +32,17 @@ def test_spellings(given: str | float | None, kind: str, amount: float) -> None:
     assert Budget.of(given) == Budget(kind, amount)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("given", ["0", "0.0", "-1", "-0.5", "3.5", "nan", "inf", "", "lots", "12 apples", "0B", "5TiB", 0, 3.5])
+@pytest.mark.parametrize(
+    "given", ["0", "0.0", "-1", "-0.5", "3.5", "nan", "inf", "", "lots", "12 apples", "0B", "5TiB", 0, 3.5]
+)
 def test_what_is_no_budget(given: str | float) -> None:
     with pytest.raises(BudgetError, match="fraction in \\(0, 1\\]"):
         Budget.of(given)
 
 
-@pytest.mark.parametrize(("budget", "slots"), [("0.3", 300), ("1.0", 1000), ("1", 1), ("2048", 2048), (None, 1000), ("0.0001", 1)])
+@pytest.mark.parametrize(
+    ("budget", "slots"), [("0.3", 300), ("1.0", 1000), ("1", 1), ("2048", 2048), (None, 1000), ("0.0001", 1)]
+)
 def test_slots(budget: str | None, slots: int) -> None:
     plan = CachePlan.of(tiny_config(), budget=budget, whole=1000, dtype=torch.float32)
     assert plan.slots == slots

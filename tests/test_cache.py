@@ -1,4 +1,6 @@
-"""The cache: static tensors, append-only positions, one result however the input is cut, and full equals a large budget."""
+"""The cache: static tensors, append-only positions, one result however the input is cut, and full equals a large
+budget.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int,
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_cutting_in_lower_precision(policy: str) -> None:
-    """float32: logits within 1e-5 while kept positions agree (share printed).  bfloat16: printed, nothing is promised."""
+    """float32: logits within 1e-5 while kept positions agree (share printed).  bfloat16: printed, nothing is
+    promised.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         agree, worst, total = 0, 0.0, 0
         for seed in range(8):
@@ -85,7 +89,9 @@ def test_a_budget_as_long_as_the_sequence_equals_full_bit_for_bit(policy: str, d
 def test_tensors_never_move_and_their_bytes_are_as_planned(policy: str) -> None:
     model = tiny_model()
     cache = make_cache(model, policy, 200, rows=2)
-    assert cache.nbytes == sum(cache_bytes(model.config, cache.policy, cache.retention, rows=2, dtype=torch.float32).values())
+    assert cache.nbytes == sum(
+        cache_bytes(model.config, cache.policy, cache.retention, rows=2, dtype=torch.float32).values()
+    )
 
     def addresses() -> list[tuple[str, int, int]]:
         return [(name, t.data_ptr(), t.nbytes) for layer in cache.layers for name, t in layer.tensors().items()]

@@ -100,6 +100,14 @@ def test_a_turn_needs_a_template_that_repeats_answers() -> None:
         only_last.render_turn(say("u: x")[0])
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_long_message_goes_between_what_stands_around_it(shared_data: Path, name: str) -> None:
+    source = (shared_data / "chat-templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(source, SPECIAL)
+    before, after = template.render_around(say("s: Be brief."))
+    assert before + "a whole book" + after == template.render(say("s: Be brief.", "u: a whole book"))
+
+
 def test_rendered_text_has_exactly_one_bos(shared_data: Path) -> None:
     folder = shared_data / "hf-metadata" / "Mistral-7B-Instruct-v0.3"
     template, tokenizer = ChatTemplate.from_folder(folder), Tokenizer.from_folder(folder)

@@ -119,7 +119,13 @@ def test_rows_in_different_phases_evict_as_if_alone() -> None:
     for row, ahead in enumerate(lead):  # row by row until they are `lead` tokens apart
         for t in range(ahead):
             span = alone[row].append(1)
-            attend_(alone[row].layers[0], q[row, None, :, t, None], kv[0, row, None, :, t, None], kv[1, row, None, :, t, None], span)
+            attend_(
+                alone[row].layers[0],
+                q[row, None, :, t, None],
+                kv[0, row, None, :, t, None],
+                kv[1, row, None, :, t, None],
+                span,
+            )
         for name, tensor in alone[row].layers[0].tensors().items():
             if name != "constants":
                 together.layers[0].tensors()[name][row] = tensor[0]

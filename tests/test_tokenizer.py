@@ -44,6 +44,8 @@ ADVERSARIAL = {
     "cjk": "天地玄黄宇宙洪荒日月盈昃辰宿列張" * 80,
     "newlines": "one\ntwo\r\nthree\r\r\n\n\n\n" * 80,
     "digits": "1234567890" * 200,
+    "blank lines": " \n" * 400 + "k",
+    "blank lines in words": "a" + " \n" * 301 + "b" + "\n" * 500 + "c",
     "all": MULTILINGUAL * 5,
 }
 

@@ -89,7 +89,9 @@ def main() -> None:
     print(f"{args.layers} layers, {args.dtype}, {args.threads} threads: milliseconds a token outside the linear layers")
     for slots in args.slots:
         plain, hashed = (milliseconds(model, policy, slots, dtype, args.tokens) for policy in ("window", "hashevict"))
-        print(f"  {slots:>5} slots: window {plain:6.2f}   hashevict {hashed:6.2f}   (+{hashed - plain:.2f} for hashing)")
+        print(
+            f"  {slots:>5} slots: window {plain:6.2f}   hashevict {hashed:6.2f}   (+{hashed - plain:.2f} for hashing)"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from ..eviction import evict_
 def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
     """Attention of new tokens over a layer's slots, which the tokens enter one stretch at a time.
 
-    q [B, H, T, D], k and v [B, Hkv, T, D], all after RoPE -> [B, H, T, D]; padding gives zeros.  A stretch lies between two
+    q [B, H, T, D], k and v [B, Hkv, T, D], all after RoPE -> [B, H, T, D]; padding gives zeros.  A stretch lies between
+    two
     evictions: its first token may free slots (judged by that token's query and key), then the whole stretch is written,
     then it attends.  One token at a time or a thousand: the same evictions, so the same result.
     """
@@ -39,7 +40,8 @@ def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int) ->
     folded = (q * dim**-0.5).reshape(batch, keys.shape[1], -1, dim)  # [B, Hkv, G * n, D]
     scores = (folded @ keys.transpose(2, 3)).unflatten(2, (-1, n))  # [B, Hkv, G, n, S]
     weights = scores.masked_fill_(~visible.unsqueeze(2), -torch.inf).softmax(-1)
-    return (weights.flatten(2, 3) @ values).view(batch, heads, n, dim)  # [B, H, n, D]
+    attended: Tensor = weights.flatten(2, 3) @ values  # [B, Hkv, G * n, D]
+    return attended.view(batch, heads, n, dim)  # [B, H, n, D]
 
 
 def can_see(queries: Tensor, slots: Tensor, window: int | None) -> Tensor:

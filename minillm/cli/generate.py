@@ -10,6 +10,7 @@ from .options import add_cache_options, add_model_options, add_sampling_options,
 from .prompt_text import add_text_options, read_text
 from .report import Meter, facts_after, facts_before, say
 
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `generate` to the command line."""
     parser = subparsers.add_parser(

@@ -96,4 +96,9 @@ class Meter:
             amount, speed = f"{done:,} of {total:,} {self._unit}", f"{rate:,.0f} {self._unit}/s"
         left = (total - done) / rate if rate > 0 else 0.0
         line = f"minillm: {self._what} {amount}, {speed}, {left:.0f} s left"
-        print(f"\r{line}\x1b[K" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{line}\x1b[K" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )

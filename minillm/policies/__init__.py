@@ -10,9 +10,7 @@ from .full import Full
 from .hashevict import HashEvict, HashEvictKey
 from .window import Window
 
-POLICIES: dict[str, type[EvictionPolicy]] = {
-    policy.name: policy for policy in (Full, Window, HashEvict, HashEvictKey)
-}
+POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Full, Window, HashEvict, HashEvictKey)}
 
 
 def make_policy(name: str, **options: int | None) -> EvictionPolicy:

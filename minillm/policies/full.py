@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..cache import LayerCache
 from ..eviction import EvictionPolicy
 
 
@@ -18,6 +17,6 @@ class Full(EvictionPolicy):
     name: ClassVar[str] = "full"
     evicts: ClassVar[bool] = False
 
-    def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:
+    def score(self, *_: object) -> Tensor:
         """Never reached: the cache refuses tokens that do not fit."""
         raise AssertionError("a cache that never evicts was asked to evict")

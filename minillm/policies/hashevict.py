@@ -1,8 +1,8 @@
 """`hashevict`: evict the token whose key points away from where the current query looks, judged from hash bits alone.
 
 Liu, Rabbani et al., "HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing",
-arXiv 2412.16187.  The Hamming distance between the code of the query and the codes of the cached keys ranks keys by angle,
-hence by expected attention, for P bits a key and before any attention is computed.
+arXiv 2412.16187.  The Hamming distance between the code of the query and the codes of the cached keys ranks keys by
+angle, hence by expected attention, for P bits a key and before any attention is computed.
 """
 
 from __future__ import annotations
