@@ -43,14 +43,17 @@ class Checkpoint:
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
+        weights: bool = True,
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 
-        dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda,
-        mps. Raises ModelNotFoundError, ConfigError or CheckpointError.
+        dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda or
+        mps.  weights: False downloads only the small files, enough to plan.
+
+        Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
         place = _device(device)
-        folder = hub.resolve(name, revision=revision, offline=offline)
+        folder = hub.resolve(name, revision=revision, offline=offline, weights=weights)
         config = loader.read_config(folder)
         return cls(name, folder, config, loader.choose_dtype(dtype, config, place), place)
 

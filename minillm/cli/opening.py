@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that the options name; sets the number of threads on the way."""
+def open_checkpoint(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint that the options name, see Checkpoint.open; sets the number of threads on the way."""
     import torch
 
     from ..checkpoint import Checkpoint
@@ -23,7 +23,12 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return Checkpoint.open(
-        args.model or EMBEDDED, dtype=args.dtype, device=args.device, revision=args.revision, offline=args.offline
+        args.model or EMBEDDED,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        offline=args.offline,
+        weights=weights,
     )
 
 

@@ -93,10 +93,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(args: argparse.Namespace) -> Path:
-    """The folder of the model that `add_hub_options` names, downloaded if need be; raises ModelNotFoundError."""
+    """The folder of the model that `add_hub_options` names, with its small files; raises ModelNotFoundError."""
     from ..hub import EMBEDDED, resolve
 
-    return resolve(args.model or EMBEDDED, revision=args.revision, offline=args.offline)
+    return resolve(args.model or EMBEDDED, revision=args.revision, offline=args.offline, weights=False)
 
 
 def sampling_from_args(args: argparse.Namespace, defaults: Mapping[str, Any]) -> SamplingParams:

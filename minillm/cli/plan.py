@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
     from ..budget import workspace_bytes
 
-    checkpoint = open_checkpoint(args)
+    checkpoint = open_checkpoint(args, weights=False)
     plan = plan_cache(args, checkpoint, context=None)
     workspace = workspace_bytes(plan, args.chunk)
     weights = checkpoint.weight_bytes()

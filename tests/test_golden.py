@@ -1,0 +1,83 @@
+"""A real trained model, against what transformers said of it (golden.json), and past the length it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm import LLM
+from minillm.cli.score import encode_documents
+
+from .helpers import kept_positions, make_cache, run
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data: Path) -> str:
+    return str(shared_data / "models" / "stories260K")
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data: Path, folder: str) -> torch.Tensor:
+    text = (shared_data / "text" / "tinystories.txt").read_text("utf-8")
+    return encode_documents(LLM.load(folder).checkpoint.tokenizer, [text[:200_000]], "<|endoftext|>")
+
+
+def test_greedy_equals_golden(shared_data: Path, folder: str) -> None:
+    llm = LLM.load(folder)
+    for case in json.loads((shared_data / "models" / "golden.json").read_text("utf-8"))["stories260K"]:
+        result = llm.generate(case["prompt_ids"], max_tokens=256, ignore_eos=True, logprobs=5)
+        assert result.token_ids == case["greedy_ids"]
+        assert result.logprobs is not None
+        assert [token for token, _ in result.logprobs[0].top] == [token for token, _ in case["first_step_top5"]]
+        gaps = [score - case["first_step_top5"][0][1] for _, score in case["first_step_top5"]]
+        assert [score - result.logprobs[0].top[0][1] for _, score in result.logprobs[0].top] == pytest.approx(
+            gaps, abs=1e-4
+        )
+        if case["prompt"]:
+            assert llm.encode(case["prompt"]).tolist() == case["prompt_ids"]
+            assert case["text"] == case["prompt"] + result.text
+
+
+@pytest.mark.parametrize("policy", ["window", "hashevict", "hashevict-key"])
+def test_cutting_the_input_on_a_trained_model(folder: str, stories: torch.Tensor, policy: str) -> None:
+    """float32: logits within 1e-5 of their size while the kept positions agree; the agreement is printed."""
+    model = LLM.load(folder, dtype="float32").model
+    agree, worst = 0, 0.0
+    for row in range(6):
+        tokens = stories[row * 400 : row * 400 + 400][None]
+        runs = []
+        for chunk in (1, 64):
+            cache = make_cache(model, policy, 64)
+            runs.append((run(model, cache, tokens, chunk), kept_positions(cache)))
+        if runs[0][1] == runs[1][1]:
+            agree += 1
+            worst = max(worst, float((runs[0][0] - runs[1][0]).abs().max() / runs[0][0].abs().max()))
+    print(f"{policy}: kept positions agree in {agree} of 6 rows, largest relative difference {worst:.1e}")
+    assert agree > 0
+    assert worst < 1e-5
+
+
+@pytest.mark.slow
+def test_past_the_trained_length_a_bounded_cache_holds_where_the_full_one_breaks(
+    folder: str, stories: torch.Tensor
+) -> None:
+    """Rows of 2,048 tokens on a model trained on 512: nats per token in the last quarter."""
+    rows = stories[: 6 * 2048].view(6, 2048)
+    last = {}
+    for policy, slots in (("full", 2048), ("window", 128), ("hashevict", 128)):
+        model = LLM.load(folder, dtype="float32").model
+        options = {} if policy == "full" else {"sinks": 0}
+        cache = make_cache(model, policy, slots, rows=6, **options)
+        logits = run(model, cache, rows, 256)[:, :-1]  # [6, 2047, V]
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:].long(), reduction="none")
+        quarters = [
+            float(part.mean()) for part in (nats[:, 128:512], nats[:, 512:1024], nats[:, 1024:1536], nats[:, 1536:])
+        ]
+        print(f"{policy:>10}, {slots:>4} slots: nats in 128-512 / -1024 / -1536 / -2048: {quarters}")
+        last[policy] = quarters[-1]
+    assert last["full"] > 1.75
+    assert last["window"] < 1.6
+    assert last["hashevict"] < last["full"]
