@@ -1,0 +1,64 @@
+"""What the README tells people to type works: every command and every snippet is run, or at least understood."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillm.cli.main import COMMANDS, build_parser, main
+
+from .conftest import ROOT
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(mark: str) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks that follow `<!-- mark -->`."""
+    return re.findall(rf"<!-- {re.escape(mark)} -->\n```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(mark: str) -> list[str]:
+    return [line for language, text in blocks(mark) if language == "bash" for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.filterwarnings("default:the context of")  # which the command line shows: the demo was trained on 512 tokens
+@pytest.mark.parametrize("line", commands("readme: run"))
+def test_commands_run(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n/stats\n"))  # for chat
+    words = shlex.split(line, comments=True)
+    assert words[0] == "minillm"
+    assert main(words[1:]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", commands("readme: needs the hub"))
+def test_commands_for_the_hub_are_understood(line: str) -> None:
+    assert build_parser().parse_args(shlex.split(line, comments=True)[1:]).run
+
+
+def test_snippets_run() -> None:
+    snippets = [text for language, text in blocks("readme: run") if language == "python"]
+    assert snippets
+    for text in snippets:
+        done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "kept_tokens=" in done.stdout
+
+
+def test_no_block_is_left_out_and_every_command_is_shown() -> None:
+    marked = sum(len(blocks(mark)) for mark in ("readme: run", "readme: needs the hub", "ci: main", "ci: test"))
+    assert marked == README.count("```") // 2
+    shown = {shlex.split(line)[1] for mark in ("readme: run", "readme: needs the hub") for line in commands(mark)}
+    assert shown == set(COMMANDS)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / Path(target)).exists(), target
