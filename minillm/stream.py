@@ -53,10 +53,11 @@ class Stream(Iterator[str]):
         self.sampler = Sampler(
             params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device
         )
+        room = llm.plan.require_room(len(tokens), 0 if after is None else llm.cache.seen[0])
         if after is None:
             llm.cache.reset()
         # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
-        self._limit = min(params.max_tokens, llm.plan.require_room(len(tokens), llm.cache.seen[0]) - len(tokens) + 1)
+        self._limit = min(params.max_tokens, room - len(tokens) + 1)
         self._progress = progress
         self._ids, self._texts = array("i"), [""]
         self._logprobs: list[TokenLogprob] = []

@@ -228,6 +228,19 @@ def test_a_conversation_knows_when_its_cache_was_taken(chat_folder: Path) -> Non
         conversation.send("and?", max_tokens=4)
 
 
+def test_a_refused_request_leaves_the_conversation_as_it_was(folder: Path) -> None:
+    llm = LLM.load(str(folder), context=40)
+    conversation = Conversation(llm)
+    conversation.send("once upon a time", max_tokens=4).finish()
+    before = conversation.usage()
+    with pytest.raises(ContextFullError):
+        llm.generate(WORDS * 3)
+    with pytest.raises(ContextFullError):
+        conversation.send(WORDS * 3)
+    assert conversation.usage() == before
+    assert conversation.send("a", max_tokens=2).finish().usage.seen_tokens > before.seen_tokens
+
+
 def test_stopping_while_the_prompt_is_read_leaves_a_usable_conversation(folder: Path) -> None:
     llm = LLM.load(str(folder), budget=48)
     llm.chunk = 16

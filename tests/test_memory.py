@@ -85,7 +85,7 @@ def fresh(name: str, folder: Path, text: Path, *options: object) -> dict[str, fl
 def text_file(path: Path, characters: int) -> Path:
     """Random words that never repeat themselves for long, about so many characters."""
     draw = random.Random(0)
-    path.write_text(" ".join(draw.choices(SENTENCE.split(), k=characters // 5))[:characters], "utf-8")
+    path.write_text(" ".join(draw.choices(SENTENCE.split(), k=characters // 2))[:characters], "utf-8")
     return path
 
 

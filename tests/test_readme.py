@@ -27,7 +27,7 @@ def commands(mark: str) -> list[str]:
     return [line for language, text in blocks(mark) if language == "bash" for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.filterwarnings("default:the context of")  # which the command line shows: the demo was trained on 512 tokens
+@pytest.mark.filterwarnings("default:the context of")  # shown to users: the demo knows 512 tokens
 @pytest.mark.parametrize("line", commands("readme: run"))
 def test_commands_run(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

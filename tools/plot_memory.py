@@ -1,6 +1,6 @@
 """Memory against tokens: what a cache that keeps everything costs, and what a budget costs.
 
-    python tools/plot_memory.py [--model FOLDER] [--slots 512] [--tokens 16384] [--svg tools/memory.svg]
+    python tools/plot_memory.py [--model FOLDER] [--slots 512] [--tokens 8192] [--svg tools/memory.svg]
 
 Feeds the same random tokens to the same weights in a fresh process per contender, reads the process's resident memory
 (VmRSS, from /proc/self/status: Linux only) after every chunk, prints a table and draws a picture.  Zero is the process
@@ -35,10 +35,10 @@ from minillm.loader import save_checkpoint
 from minillm.model import Transformer
 
 MB = 1e6
-CONTENDERS = {  # name -> label in the picture, colour that reads on white and on black
-    "transformers": ("transformers, its default cache", "#d9730d"),
-    "full": ("minillm, no budget", "#808080"),
-    "hashevict": ("minillm, {slots:,} slots", "#2f81f7"),
+CONTENDERS = {  # name -> label in the picture, colour for white and for black, where on its line it stands
+    "transformers": ("transformers, its default cache", "#d9730d", 0.5),  # it rises: there is room below it
+    "full": ("minillm, no budget", "#808080", 1.0),
+    "hashevict": ("minillm, {slots:,} slots", "#2f81f7", 1.0),
 }
 Sample = tuple[int, int, int]  # tokens read, bytes of keys and values, resident bytes above the loaded model
 
@@ -72,14 +72,15 @@ def resident() -> int:
 
 
 def minillm_run(args: argparse.Namespace, note: Callable[[int, int], None]) -> None:
-    """Feed the tokens through minillm's own loop; `note(tokens read, KV bytes)` after every chunk, first at (0, ...).
+    """Feed the tokens through minillm's own loop; `note(tokens read, KV bytes)` once warm and after every chunk.
 
-    KV bytes are what is allocated, all of it before the first token, codes and positions included.
+    KV bytes are what is allocated, codes and positions included: all of it before the first token.
     """
     checkpoint = Checkpoint.open(str(args.model), dtype=args.dtype, device="cpu")
     model, tokens = checkpoint.load_model(), random_tokens(args, checkpoint.config.vocab_size)
     for _ in feed(model, checkpoint.plan(budget=8).allocate(checkpoint.device), tokens[:, : args.chunk], args.chunk):
         pass
+    note(0, 0)
     budget = args.slots if args.worker == "hashevict" else None
     cache = checkpoint.plan(budget=budget, policy=args.worker, context=args.tokens).allocate(checkpoint.device)
     note(0, cache.nbytes)
@@ -143,7 +144,7 @@ def table(runs: dict[str, list[Sample]]) -> str:
     columns = [{tokens: (kv, above) for tokens, kv, above in samples} for samples in runs.values()]
     common = sorted(set.intersection(*(set(column) for column in columns)))
     last = common[-1]
-    shown = [tokens for tokens in common if tokens and (last % tokens == 0 and (last // tokens).bit_count() == 1)]
+    shown = [0, *(tokens for tokens in common if tokens and last % tokens == 0 and (last // tokens).bit_count() == 1)]
     for tokens in shown:
         cells = (f"{column[tokens][0] / MB:>11.1f}{column[tokens][1] / MB:>11.1f}" for column in columns)
         lines.append(f"{tokens:>8,}" + "".join(cells))
@@ -163,21 +164,23 @@ def draw(runs: dict[str, list[Sample]], args: argparse.Namespace, description: s
     mpl.rcParams.update({"axes.labelcolor": "#808080", "xtick.color": "#808080", "ytick.color": "#808080"})
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     top = max(above for samples in runs.values() for *_, above in samples) / MB
-    ends: list[tuple[float, str, str]] = []
     for name, samples in runs.items():
-        label, colour = CONTENDERS[name]
+        label, colour, along = CONTENDERS[name]
         axes.plot(
             [tokens for tokens, *_ in samples], [above / MB for *_, above in samples], color=colour, linewidth=2.2
         )
-        end = samples[-1][2] / MB
-        ends.append((end, f"{label.format(slots=args.slots)}: {end:,.0f} MB", colour))
-    floor = -top
-    for end, text, colour in sorted(ends):
-        floor = max(end, floor + 0.085 * top)  # labels of lines that end together stand above each other
+        tokens, _, above = samples[int(along * (len(samples) - 1))]
+        text = f"{label.format(slots=args.slots)}: {samples[-1][2] / MB:,.0f} MB"
+        aligned = {"ha": "right", "va": "bottom"} if along == 1 else {"ha": "left", "va": "top"}
         axes.annotate(
-            text, (args.tokens, end), (args.tokens * 0.985, floor + 0.03 * top), color=colour, ha="right", va="bottom"
+            text,
+            (tokens, above / MB),
+            (0, 4 if along == 1 else -4),
+            textcoords="offset points",
+            color=colour,
+            **aligned,
         )
-    axes.set(xlim=(0, args.tokens * 1.01), ylim=(0, top * 1.25), xlabel="tokens read")
+    axes.set(xlim=(0, args.tokens * 1.01), ylim=(0, top * 1.15), xlabel="tokens read")
     axes.set_ylabel("memory above the\nloaded model (MB)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
@@ -208,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint; default: a random one")
     parser.add_argument("--slots", type=int, default=512, help="the budget")
-    parser.add_argument("--tokens", type=int, default=16_384, help="how many are read")
+    parser.add_argument("--tokens", type=int, default=8_192, help="how many are read")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=1)

@@ -4,8 +4,7 @@
 
 A run lives in its folder: recipe.json (what was asked for), tokenizer.json, checkpoint.safetensors (weights, optimisers
 and progress in one file, replaced at once) and log.jsonl.  `--resume` goes on from the last checkpoint.  A batch is a
-function of (seed, step) alone, so with --steps an interrupted run ends bit for bit as an uninterrupted one; with
---minutes the learning rate follows the clock.
+function of (seed, step) alone, so on a CPU an interrupted run takes bit for bit the same steps as an uninterrupted one.
 
 This file is the command and its loop; train_core.py is the step, train_text.py the data, train_export.py the result.
 Data is seen only as `Batches`: to mix in something else than text, write another `batch(step, rows)`.
@@ -33,9 +32,6 @@ from train_text import BOS, EOS, PackedText, encode, load_tokenizer, read_source
 
 from minillm.errors import CheckpointError, ConfigError, MinillmError
 
-DECAY = 0.5  # the share of the run in which the learning rate falls to zero
-WARM_UP = 20  # steps
-
 
 class Batches(Protocol):
     """Where training rows come from; `tokens` is how many one pass has."""
@@ -59,6 +55,8 @@ class Run:
     held_out: dict[str, list[Tensor]]
     bytes_per_token: dict[str, float]
     facts: dict[str, str]
+    minutes: float
+    steps: int
     stopped: bool = False
 
     def go(self, every: float) -> None:
@@ -75,8 +73,7 @@ class Run:
         before, began, saved = trainer.seconds, time.monotonic(), time.monotonic()
         first, smooth = trainer.step, 0.0
         while (done := self.fraction()) < 1 and not self.stopped:
-            rate = min(1.0, (trainer.step + 1) / WARM_UP, (1 - done) / DECAY)
-            loss = trainer.train_step(self.batches.batch(trainer.step, recipe.batch), rate)
+            loss = trainer.train_step(self.batches.batch(trainer.step, recipe.batch))
             if not math.isfinite(loss):
                 raise MinillmError(
                     f"the loss became {loss} at step {trainer.step}; lower RATES and go on with --resume"
@@ -94,8 +91,7 @@ class Run:
 
     def fraction(self) -> float:
         """How much of the run is done, by steps or else by time."""
-        trainer, recipe = self.trainer, self.recipe
-        return trainer.step / recipe.steps if recipe.steps else trainer.seconds / (60 * recipe.minutes)
+        return self.trainer.step / self.steps if self.steps else self.trainer.seconds / (60 * self.minutes)
 
     def checkpoint(self) -> None:
         """Save the state, measure on the held-out text, export."""
@@ -113,7 +109,7 @@ class Run:
             pass_tokens=self.batches.tokens,
             losses=losses,
         )
-        export(self.export_to, self.trainer.model, self.trainer.config, self.tokenizer, facts)
+        export(self.export_to, self.trainer.mean, self.trainer.config, self.tokenizer, facts)
 
     def log(self, **facts: float | str) -> None:
         """One line on stderr, rounded, and one in log.jsonl."""
@@ -194,7 +190,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tied", action="store_true", help="use the embedding as output projection too")
     add("--context", type=int, default=512, help="tokens of a row")
     add("--batch", type=int, default=16, help="rows of an update")
-    add("--minutes", type=float, default=60.0, help="training time in all; the learning rate follows it")
+    add("--minutes", type=float, default=60.0, help="training time in all")
     add("--steps", type=int, default=0, help="train this many updates instead")
     add("--every", type=float, default=5.0, help="minutes between checkpoints")
     add("--seed", type=int, default=0)

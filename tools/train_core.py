@@ -3,6 +3,8 @@
 How it learns a lot in an hour of CPU time: bfloat16 gradients of float32 master weights; Muon for the matrices and
 AdamW for the rest; and a start at which the identity of a token dominates the residual stream (embedding RMS 0.14,
 projections into the stream at a fifth of the usual scale), so that looking back at earlier tokens is learned early.
+What is measured and exported is a running mean of the weights, in which step t counts about as t^3: the learning rate
+can then stay constant, and the run may end, or go on, at any moment.
 
 On a CPU every worker thread takes its own rows and computes on one core: threads that meet at a barrier inside every
 operator stand still as soon as another process takes one of the cores (measured: 10 to 30 times slower).
@@ -32,7 +34,8 @@ from minillm.policies.full import Full
 
 HELD_OUT_ROWS = 64  # at most, per source, when measuring
 MICRO_TOKENS = 1024  # that a CPU worker computes at a time: its activations then stay in the caches
-RATES = {"muon": 0.02, "embedding": 0.01, "head": 0.003, "norm": 0.005}  # learning rates at their height
+RATES = {"muon": 0.02, "embedding": 0.01, "head": 0.003, "norm": 0.005}  # learning rates after the warm-up
+WARM_UP = 20  # steps
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,6 @@ class Recipe:
     tied: bool
     batch: int
     seed: int
-    minutes: float
-    steps: int
 
     def config(self, vocab_size: int, bos: int, eos: int) -> ModelConfig:
         """The Llama of this shape.  Raises ConfigError where it does not divide evenly."""
@@ -116,7 +117,7 @@ def make_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
 
 
 class Trainer:
-    """Master weights in float32, a bfloat16 copy that computes their gradients, and the optimisers."""
+    """Master weights in float32 and their running mean, a bfloat16 copy that computes gradients, and the optimisers."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, device: torch.device, workers: int) -> None:
         torch.manual_seed(recipe.seed)
@@ -124,6 +125,7 @@ class Trainer:
         self.model = Transformer(config)
         initialise_(self.model)
         self.model.to(device)
+        self.mean = copy.deepcopy(self.model)
         self.fast = copy.deepcopy(self.model).bfloat16()
         for layer in self.fast.model.layers:
             layer.self_attn.attend = causal
@@ -143,9 +145,9 @@ class Trainer:
         logits = self.fast.logits(self.fast(tokens, span, self.unused))  # [B, T, V]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def train_step(self, rows: Tensor, rate: float) -> float:
-        """One update from rows [batch, context + 1] at `rate` times the full learning rates; returns nats per token."""
-        self._refresh()
+    def train_step(self, rows: Tensor) -> float:
+        """One update from rows [batch, context + 1]; returns nats per token before it."""
+        self._load_fast(self.model)
         weights, total = list(self.model.parameters()), 0.0
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
@@ -155,25 +157,32 @@ class Trainer:
                 weight.grad += gradient
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
-            for group, full in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = full * rate
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (self.step + 1) / WARM_UP)
             optimizer.step()
         self.step += 1
+        self._average()
         return total / (rows.shape[0] * (rows.shape[1] - 1))
 
     @torch.no_grad()
     def measure(self, documents: list[Tensor]) -> float:
-        """Nats per token over the first rows of held-out documents, every row on its own."""
-        self._refresh()
+        """Nats per token of the mean weights over the first rows of held-out documents, every row on its own."""
+        self._load_fast(self.mean)
         context = self.recipe.context
         stream = torch.cat(documents).long()[: HELD_OUT_ROWS * context + 1]  # [n]
         rows = [stream[None, at : at + context + 1] for at in range(0, len(stream) - 1, context)]
         return sum(self.pool.map(self._nats, rows)) / (len(stream) - 1)
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        for copied, weight in zip(self.fast.parameters(), self.model.parameters(), strict=True):
+    def _load_fast(self, model: Transformer) -> None:
+        for copied, weight in zip(self.fast.parameters(), model.parameters(), strict=True):
             copied.copy_(weight)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Polynomial-decay averaging (Shamir & Zhang 2013, section 4, eta = 3): step t weighs t (t + 1) (t + 2)."""
+        for mean, weight in zip(self.mean.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(weight, 4 / (self.step + 3))
 
     def _gradients(self, rows: Tensor) -> tuple[float, tuple[Tensor, ...]]:
         loss = self.loss(rows.to(self.device))
@@ -186,7 +195,9 @@ class Trainer:
 
     def save(self, file: Path) -> None:
         """Write the whole state beside `file`, then put it in its place."""
-        tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in self.model.named_parameters()}
+        tensors = {}
+        for kind, model in (("model", self.model), ("mean", self.mean)):
+            tensors |= {f"{kind}.{name}": weight.detach().contiguous() for name, weight in model.named_parameters()}
         for which, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{which}.{index}.{key}": value.contiguous() for key, value in state.items()}
@@ -202,8 +213,9 @@ class Trainer:
         with safe_open(file, "pt") as stored:
             progress = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a mapping)
-        for name, weight in self.model.named_parameters():
-            weight.copy_(tensors.pop(f"model.{name}"))
+        for kind, model in (("model", self.model), ("mean", self.mean)):
+            for name, weight in model.named_parameters():
+                weight.copy_(tensors.pop(f"{kind}.{name}"))
         for which, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():

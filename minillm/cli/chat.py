@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from .opening import load, open_checkpoint, plan_cache
-from .options import add_cache_options, add_model_options, add_sampling_options, sampling_from_args
+from ..errors import MinillmError, PromptError
+from .opening import choose_sampling, load, open_checkpoint, plan_cache
+from .options import add_cache_options, add_model_options, add_sampling_options
 from .report import Meter, facts_after, facts_before, remembered, say, size
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, and again, until /quit or the end of input."""
+    checkpoint = open_checkpoint(args)
+
     from ..llm import Conversation
 
-    checkpoint = open_checkpoint(args)
-    params = sampling_from_args(args, checkpoint.sampling_defaults)
+    if args.system is not None and checkpoint.template is None:
+        raise PromptError(f"--system needs a chat template, and {checkpoint.name} has none: leave it out")
+    params = choose_sampling(args, checkpoint)
     plan = plan_cache(args, checkpoint, context=None)
     say(facts_before(checkpoint, plan))
     conversation = Conversation(load(args, checkpoint, plan), system=args.system)
@@ -87,8 +91,6 @@ def _command(line: str, conversation: Conversation) -> None:
 
 def _answer(args: argparse.Namespace, conversation: Conversation, line: str, params: SamplingParams) -> None:
     """Stream one answer; what goes wrong with one message does not end the conversation."""
-    from ..errors import MinillmError
-
     try:
         stream = conversation.send(line, params, progress=Meter("reading", "tokens").update)
         with _interruptible(stream):
@@ -97,6 +99,10 @@ def _answer(args: argparse.Namespace, conversation: Conversation, line: str, par
                     print(piece, end="", flush=True)
     except MinillmError as error:
         say(f"error: {error}")
+        return
+    except KeyboardInterrupt:  # before there was a stream to stop
+        print(file=sys.stderr)
+        say("the message was not sent")
         return
     result = stream.result
     print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)

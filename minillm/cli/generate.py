@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .opening import load, open_checkpoint, plan_cache
-from .options import add_cache_options, add_model_options, add_sampling_options, sampling_from_args
+from .opening import choose_sampling, load, open_checkpoint, plan_cache
+from .options import add_cache_options, add_model_options, add_sampling_options
 from .prompt_text import add_text_options, read_text
 from .report import Meter, facts_after, facts_before, say
 
@@ -30,11 +30,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Everything that can be wrong with the request is found before the weights are read."""
     text = read_text(args)
+    checkpoint = open_checkpoint(args)
 
     from ..llm import encode_prompt
 
-    checkpoint = open_checkpoint(args)
-    params = sampling_from_args(args, checkpoint.sampling_defaults)
+    params = choose_sampling(args, checkpoint)
     short = args.text is not None and args.text != "-"
     tokens = encode_prompt(checkpoint, "".join(text) if short else text, raw=args.raw, system=args.system)
     longest = max(1, len(tokens) + params.max_tokens)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from .interrupt import ctrl_c_ends_at_once
+from .options import sampling_from_args
 from .report import Meter
 
 if TYPE_CHECKING:
     from ..budget import CachePlan
     from ..checkpoint import Checkpoint
     from ..llm import LLM
+    from ..sampling import SamplingParams
 
 
 def open_checkpoint(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
     """The checkpoint that the options name, see Checkpoint.open; sets the number of threads on the way."""
-    import torch
+    with ctrl_c_ends_at_once():
+        import torch
 
-    from ..checkpoint import Checkpoint
-    from ..hub import EMBEDDED
+        from ..checkpoint import Checkpoint
+        from ..hub import EMBEDDED
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -30,6 +34,18 @@ def open_checkpoint(args: argparse.Namespace, *, weights: bool = True) -> Checkp
         offline=args.offline,
         weights=weights,
     )
+
+
+def choose_sampling(args: argparse.Namespace, checkpoint: Checkpoint) -> SamplingParams:
+    """The sampling that the options name, over the checkpoint's defaults; raises SamplingError, also for odd ids."""
+    from ..sampling import Sampler
+
+    params = sampling_from_args(args, checkpoint.sampling_defaults)
+    # A sampler refuses ids that the tokenizer does not have: find out before the weights are read.
+    Sampler(
+        params, checkpoint.config.vocab_size, checkpoint.tokenizer.vocab_size, checkpoint.eos_ids, checkpoint.device
+    )
+    return params
 
 
 def plan_cache(

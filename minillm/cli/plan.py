@@ -24,9 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
+    checkpoint = open_checkpoint(args, weights=False)
+
     from ..budget import workspace_bytes
 
-    checkpoint = open_checkpoint(args, weights=False)
     plan = plan_cache(args, checkpoint, context=None)
     workspace = workspace_bytes(plan, args.chunk)
     weights = checkpoint.weight_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .interrupt import ctrl_c_ends_at_once
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `pull` to the command line."""
@@ -15,7 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Download and print the folder; raises ModelNotFoundError or GatedModelError."""
-    from ..hub import pull
+    with ctrl_c_ends_at_once():
+        from ..hub import pull
 
     print(pull(args.model, revision=args.revision))
     return 0

@@ -30,7 +30,7 @@ def size(count: float) -> str:
 
 
 def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
-    """Which model runs where, and what the budget became."""
+    """Which model runs where, and what the budget became; raises CheckpointError for weights that do not fit."""
     retention = plan.retention
     kept = f"{plan.slots:,} slots, {size(plan.nbytes)}"
     if plan.budget.kind == "fraction" and not plan.budget.keeps_everything:
@@ -43,7 +43,8 @@ def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
     if plan.policy.evicts:
         rule += f" (sinks {retention.sinks}, recent {retention.recent}, evict-every {retention.evict_every})"
     precision = str(checkpoint.dtype).removeprefix("torch.")
-    return f"{checkpoint.name} in {precision} on {checkpoint.device}; {kept}; {rule}"
+    weights = size(checkpoint.weight_bytes())
+    return f"{checkpoint.name}, {weights} in {precision} on {checkpoint.device}; {kept}; {rule}"
 
 
 def facts_after(usage: Usage, timings: Timings) -> str:
@@ -51,7 +52,7 @@ def facts_after(usage: Usage, timings: Timings) -> str:
     return (
         f"{usage.prompt_tokens:,} prompt + {usage.completion_tokens:,} new tokens; {remembered(usage)}; "
         f"prompt {timings.prompt_tokens_per_s:,.0f} tok/s, generation {timings.generation_tokens_per_s:,.1f} tok/s, "
-        f"first token {timings.first_token_s:.2f} s; peak memory {size(peak_memory())}"
+        f"first token {timings.first_token_s:.3f} s; peak memory {size(peak_memory())}"
     )
 
 

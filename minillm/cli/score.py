@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from ..errors import PromptError
 from .opening import load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
 from .prompt_text import add_text_options, read_text
@@ -39,7 +40,12 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args)
     enough = args.rows * (args.context + 1) if args.rows and args.context else None
     tokens = encode_documents(checkpoint.tokenizer, text, args.separator, enough)
-    plan = plan_cache(args, checkpoint, context=max(1, len(tokens) - 1))
+    if len(tokens) < 2:
+        raise PromptError(
+            f"a text of {len(tokens)} tokens has nothing to score: the first token is given, not predicted"
+        )
+    plan = plan_cache(args, checkpoint, context=len(tokens) - 1)
+    plan.require_room(min(args.context or len(tokens), len(tokens) - 1))
     say(facts_before(checkpoint, plan))
     llm = load(args, checkpoint, plan)
     score = llm.score(tokens, rows=args.rows, context=args.context, progress=Meter("scoring", "tokens").update)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from .interrupt import ctrl_c_ends_at_once
 from .options import add_hub_options, add_json_option, model_folder
 from .prompt_text import add_text_options, read_text
 
@@ -24,8 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """One line `id<TAB>piece` per token, or one JSON object with `token_ids` and `pieces`."""
     pieces = read_text(args)
-
-    from ..tokenizer import Tokenizer
+    with ctrl_c_ends_at_once():
+        from ..tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(model_folder(args))
     ids = tokenizer.encode_stream(pieces, bos=not args.no_bos)  # [n]
