@@ -115,7 +115,6 @@ class CachePlan:
         dtype: torch.dtype,
         policy: str | None = None,
         rows: int = 1,
-        longest: int | None = None,
         sinks: int | None = None,
         recent: int | None = None,
         evict_every: int | None = None,
@@ -123,8 +122,8 @@ class CachePlan:
     ) -> CachePlan:
         """Turn a budget over a context of `whole` tokens into slots.
 
-        policy: by name; the default is `full` where everything is kept and `hashevict` where not.  longest: the length
-        of the sequence where it is known, beyond which slots would stay empty.  Raises BudgetError, ConfigError.
+        policy: by name; the default is `full` where everything is kept and `hashevict` where not.
+        Raises BudgetError, ConfigError.
         """
         if whole < 1:
             raise BudgetError(f"--context must be at least 1 token, not {whole}")
@@ -135,10 +134,7 @@ class CachePlan:
             layout = Retention.of(slots, evict_every=min(slots, evict_every or 32))  # the most the free list can take
             return sum(cache_bytes(config, rule, layout, rows=rows, dtype=dtype).values())
 
-        slots = budget.slots(whole, bytes_of)
-        if longest is not None:
-            slots = min(slots, longest)
-        retention = Retention.of(slots, sinks=sinks, recent=recent, evict_every=evict_every)
+        retention = Retention.of(budget.slots(whole, bytes_of), sinks=sinks, recent=recent, evict_every=evict_every)
         return cls(config, budget, whole, rule, retention, rows, dtype)
 
     @property

@@ -142,10 +142,10 @@ def _cpu_has_bfloat16() -> bool:
 def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights once loaded as `dtype`; reads headers only, and none where nothing is downloaded yet.
 
-    Raises CheckpointError if there are weights in `folder` and they do not fit `config`.
+    Raises CheckpointError if there are weights in `folder` and they are pickles or do not fit `config`.
     """
     model = empty_model(config)
-    if folder is not None and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if folder is not None and any(path.name in (SINGLE, INDEX) or path.suffix in PICKLES for path in folder.iterdir()):
         _check_fit(folder, model, _stored(folder))
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.config import ModelConfig
 from minillm.eviction import Retention
 from minillm.generate import feed
-from minillm.loader import save_checkpoint
 from minillm.model import Transformer
 from minillm.policies import make_policy
 
@@ -83,31 +78,3 @@ def kept_positions(cache: KVCache) -> list[list[list[list[int]]]]:
         [[sorted(p for p in head if p >= 0) for head in row] for row in layer.positions.tolist()]
         for layer in cache.layers
     ]
-
-
-WORDS = "once upon a time there was a little cat who liked to sleep in the sun and a big dog said hello to her. "
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def save_tiny_checkpoint(folder: Path, *, template: str | None = None, seed: int = 0, **changes: object) -> Path:
-    """A checkpoint folder with random weights and a byte-level tokenizer of 300 ids trained on one sentence."""
-    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [WORDS * 20],
-        trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
-    )
-    config = tiny_config(vocab_size=304, bos_token_id=0, eos_token_ids=(1,), **changes)  # four rows of padding
-    save_checkpoint(folder, tiny_model(config, seed=seed), config)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": "</s>" if template is None else "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder

@@ -58,6 +58,8 @@ TABLE = [
     (["pull", "org/name/more"], ["org/name/more", "hub id"]),
     # damaged folders
     (["generate", "x", "--model", "truncated"], ["model.safetensors", "bytes", "download"]),
+    (["generate", "x", "--model", "pickled"], ["pytorch_model.bin", "pickle", "save_pretrained"]),
+    (["plan", "--model", "pickled"], ["pytorch_model.bin", "pickle", "save_pretrained"]),
     (["chat", "--model", "truncated"], ["model.safetensors", "bytes", "download"]),
     (["plan", "--model", "truncated"], ["model.safetensors", "bytes", "download"]),
     (["score", "the dog", "--model", "truncated"], ["model.safetensors", "bytes", "download"]),
@@ -142,17 +144,6 @@ def assert_refused(argv: list[str], said: list[str], capsys: pytest.CaptureFixtu
     assert "Traceback" not in err
     for part in said:
         assert part in err
-
-
-def test_pickles_are_refused(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After the line of facts: a plan needs no weights, so it is the loading that misses them."""
-    assert main(["generate", "x", "--model", str(folders / "pickled")]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    *_, last = err.splitlines()
-    assert last.startswith("minillm: error: ")
-    for part in ("pytorch_model.bin", "pickle", "save_pretrained"):
-        assert part in last
 
 
 def test_a_mistake_in_a_chat_does_not_end_it(

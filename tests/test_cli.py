@@ -115,15 +115,16 @@ def test_json_is_one_object_with_the_documented_fields(run: Run, tiny: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("budget", "slots"), [("0.3", 12), ("64", 40), ("1", 1), ("1.0", 40), (None, 40), ("20", 20), ("0.01", 1)]
+    ("budget", "slots"), [("0.3", 12), ("64", 64), ("1", 1), ("1.0", 40), (None, 40), ("20", 20), ("0.01", 1)]
 )
 def test_budgets_become_slots(budget: str | None, slots: int, run: Run, tiny: Path) -> None:
-    """A context of 40 tokens; a cache longer than the sequence would only hold empty slots."""
+    """A context of 40 tokens; what is named in tokens is allocated as named, and `plan` says the same."""
     options = ["--model", tiny, "--context", 40, "--json", *(() if budget is None else ("--budget", budget))]
     count = len(json.loads(run("tokens", PROMPT, "--model", tiny, "--json")[0])["token_ids"])
     out, _ = run("generate", PROMPT, *options, "--max-tokens", 40 - count, "--ignore-eos")
     result = json.loads(out)
     assert result["cache"]["slots"] == slots
+    assert result["cache"] == json.loads(run("plan", *options)[0])["cache"]
     assert result["usage"]["seen_tokens"] == 39
     assert result["usage"]["kept_tokens"] <= slots
     assert result["usage"]["kept_tokens"] + result["usage"]["evicted_tokens"] == 39

@@ -10,17 +10,20 @@ import torch
 from minillm import LLM, ContextFullError, PromptError, SamplingParams
 from minillm.llm import Conversation
 
-from .helpers import CHATML, WORDS, make_cache, run, save_tiny_checkpoint
+from .helpers import make_cache, run
+from .tiny_checkpoint import write_checkpoint
+
+WORDS = "once upon a time there was a little cat who liked to sleep in the sun and a big dog said hello to her. "
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("plain"))
+    return write_checkpoint(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("chat"), template=CHATML)
+    return write_checkpoint(tmp_path_factory.mktemp("chat"), template=True)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ def test_full_refuses_a_prompt_that_does_not_fit_and_ends_an_answer_that_does_no
     ("prompt", "says"),
     [
         ([], "the prompt is empty"),
-        ([5, 304], "token id 304 is out of range: the model has ids 0 to 303"),
+        ([5, 999], "token id 999 is out of range: the model has ids 0 to"),
         ([-1], "token id -1 is out of range"),
         (torch.tensor([0.5]), "whole numbers"),
         (torch.zeros(2, 2, dtype=torch.int64), "one row"),

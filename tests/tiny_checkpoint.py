@@ -32,12 +32,13 @@ def write_checkpoint(folder: Path, *, bos: bool = True, template: bool = False) 
             vocab_size=300, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
         ),
     )
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|im_end|>"} | ({"bos_token": "<s>"} if bos else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     if template:
         (folder / "chat_template.jinja").write_text(CHATML)
-    config = tiny_config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=2 if bos else None, eos_token_ids=(1,))
+    padded = tokenizer.get_vocab_size() + 4  # rows of the embedding that mean nothing, as real checkpoints have
+    config = tiny_config(vocab_size=padded, bos_token_id=2 if bos else None, eos_token_ids=(1,))
     save_checkpoint(folder, tiny_model(config), config)
     return folder

@@ -163,8 +163,11 @@ def draw(runs: dict[str, list[Sample]], args: argparse.Namespace, description: s
     )
     mpl.rcParams.update({"axes.labelcolor": "#808080", "xtick.color": "#808080", "ytick.color": "#808080"})
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-    top = max(above for samples in runs.values() for *_, above in samples) / MB
-    for name, samples in runs.items():
+    drawn = {
+        name: samples for name, samples in runs.items() if name != "full"
+    }  # all allocated at once: a flat line too
+    top = max(above for samples in drawn.values() for *_, above in samples) / MB
+    for name, samples in drawn.items():
         label, colour, along = CONTENDERS[name]
         axes.plot(
             [tokens for tokens, *_ in samples], [above / MB for *_, above in samples], color=colour, linewidth=2.2

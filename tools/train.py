@@ -150,7 +150,17 @@ def prepare(arguments: argparse.Namespace) -> Run:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{arguments.threads} CPU threads"
     facts = {"command": arguments.command, "about_data": arguments.about_data, "hardware": hardware}
     return Run(
-        folder, arguments.export or folder / "export", recipe, tokenizer, trainer, batches, held_out, ratio, facts
+        folder=folder,
+        export_to=arguments.export or folder / "export",
+        recipe=recipe,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        batches=batches,
+        held_out=held_out,
+        bytes_per_token=ratio,
+        facts=facts,
+        minutes=arguments.minutes,
+        steps=arguments.steps,
     )
 
 

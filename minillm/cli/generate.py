@@ -37,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
     params = choose_sampling(args, checkpoint)
     short = args.text is not None and args.text != "-"
     tokens = encode_prompt(checkpoint, "".join(text) if short else text, raw=args.raw, system=args.system)
-    longest = max(1, len(tokens) + params.max_tokens)
-    plan = plan_cache(args, checkpoint, context=longest, longest=longest)
+    plan = plan_cache(args, checkpoint, context=len(tokens) + params.max_tokens)
     plan.require_room(len(tokens))
     say(facts_before(checkpoint, plan))
     llm = load(args, checkpoint, plan)

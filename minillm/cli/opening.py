@@ -48,15 +48,12 @@ def choose_sampling(args: argparse.Namespace, checkpoint: Checkpoint) -> Samplin
     return params
 
 
-def plan_cache(
-    args: argparse.Namespace, checkpoint: Checkpoint, *, context: int | None, longest: int | None = None
-) -> CachePlan:
+def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int | None) -> CachePlan:
     """The cache that the options name; `context` is the whole where --context is not given, see Checkpoint.plan."""
     return checkpoint.plan(
         budget=args.budget,
         context=args.context or context,
         policy=args.policy,
-        longest=longest,
         sinks=args.sinks,
         recent=args.recent,
         evict_every=args.evict_every,
