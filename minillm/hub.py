@@ -29,7 +29,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import GatedModelError, ModelNotFoundError
-from .loader import INDEX, SINGLE, read_config
+from .headers import INDEX, SINGLE
+from .loader import read_config
 
 EMBEDDED = "minillm-demo"  # the model in weights/<EMBEDDED>, shipped inside the wheel: what runs without --model
 

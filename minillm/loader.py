@@ -14,8 +14,7 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +25,16 @@ from torch.overrides import TorchFunctionMode
 
 from .config import ModelConfig, token_ids
 from .errors import CheckpointError, ConfigError
+from .headers import DTYPE_OF, INDEX, PICKLES, SINGLE, Stored, in_brief, stored_tensors
 from .model import Transformer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: Mapping[str, torch.dtype] = {  # what may be asked for
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DTYPE_OF: Mapping[str, torch.dtype] = {  # what may be stored
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-LARGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors format
-LFS_POINTER = b"version https://git-lfs"
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 HARMLESS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")  # old exports: recomputed from the config
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: bytes `begin`..`end` of `file`, as its header says."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -146,7 +121,7 @@ def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -
     """
     model = empty_model(config)
     if folder is not None and any(path.name in (SINGLE, INDEX) or path.suffix in PICKLES for path in folder.iterdir()):
-        _check_fit(folder, model, _stored(folder))
+        _check_fit(folder, model, stored_tensors(folder))
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
@@ -162,7 +137,7 @@ def load_model(
 
     Raises CheckpointError, before any weight is read, if a file is damaged or the tensors are not exactly the config's.
     """
-    model, stored = empty_model(config), _stored(folder)
+    model, stored = empty_model(config), stored_tensors(folder)
     names = _check_fit(folder, model, stored)
     done, total = 0, sum(stored[name].nbytes for name in names)
     maps = {file: _map(file) for file in {entry.file for entry in stored.values()}}  # free until a page is touched
@@ -260,7 +235,7 @@ def _check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) -
             f"{name} is {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPE_OF
         ],
     }
-    found = [f"{len(names)} {what} ({_first(names)})" for what, names in complaints.items() if names]
+    found = [f"{len(names)} {what} ({in_brief(names)})" for what, names in complaints.items() if names]
     if not found:
         return sorted(wanted, key=lambda name: (stored[name].file, stored[name].begin))
     remedy = "download the checkpoint again, or correct its config.json"
@@ -273,125 +248,5 @@ def _check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) -
     files = sorted({entry.file.name for entry in stored.values()})
     raise CheckpointError(
         f"the tensors in {folder} are not those of its config.json ({model.config.architecture}): "
-        f"{'; '.join(found)}; files read: {_first(files)}; {remedy}"
+        f"{'; '.join(found)}; files read: {in_brief(files)}; {remedy}"
     )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint, from the headers of its one file or of the shards that its index names."""
-    if (folder / SINGLE).is_file():
-        return _header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
-        raise _no_weights(folder)
-    weight_map = _weight_map(folder / INDEX)
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{folder}: {len(absent)} of {len(shards)} shards named in {INDEX} are missing ({_first(absent)}); "
-            "download the checkpoint again"
-        )
-    stored: dict[str, Stored] = {}
-    for shard in shards:
-        header = _header(folder / shard)
-        lacking = [name for name, place in weight_map.items() if place == shard and name not in header]
-        if lacking:
-            raise CheckpointError(
-                f"{folder / shard} lacks {len(lacking)} tensors that {INDEX} places there ({_first(lacking)}); "
-                "the files are of different versions: download the checkpoint again"
-            )
-        stored |= {name: entry for name, entry in header.items() if weight_map.get(name, shard) == shard}
-    return stored
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        raw = json.loads(index.read_text("utf-8"))
-        weight_map = dict(raw["weight_map"])
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a readable index ({error!r}); download it again") from error
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise CheckpointError(
-                f"{index} places {name!r} in {shard!r}; expected the plain name of a .safetensors file beside it"
-            )
-    return weight_map
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
-        return CheckpointError(
-            f"{folder} has its weights as pickle files ({_first(pickles)}), which can run code when opened and are "
-            "never read; convert them where you trust them, in Python with transformers: "
-            'AutoModelForCausalLM.from_pretrained("OLD").save_pretrained("NEW")'
-        )
-    return CheckpointError(
-        f"{folder} has neither {SINGLE} nor {INDEX} (found: {_first(names) or 'nothing'}); expected the weights in "
-        "Hugging Face's layout (consolidated*, original/ and GGUF files are in another and not read)"
-    )
-
-
-def _header(file: Path) -> dict[str, Stored]:
-    """Parse and check the header of a safetensors file: 8 bytes of length, JSON, then the tensors without gaps.
-
-    Format: https://github.com/huggingface/safetensors#format.  Raises CheckpointError with found and expected.
-    """
-    again = f"delete {file.name} and download it again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            start = opened.read(200)
-            length = int.from_bytes(start[:8], "little")
-            opened.seek(8)
-            text = opened.read(length) if length <= min(LARGEST_HEADER, size - 8) else b""
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if start.startswith(LFS_POINTER):
-        real = re.search(rb"^size (\d+)", start, re.MULTILINE)
-        expected = f", {int(real[1]):,} bytes" if real else ""
-        raise CheckpointError(
-            f"{file} is a git-lfs pointer of {size} bytes, not the weights{expected}; run `git lfs pull` beside it"
-        )
-    if not text:
-        raise CheckpointError(
-            f"{file} has {size:,} bytes, but its first 8 announce a header of {length:,}: empty, cut off or no "
-            f"safetensors file; {again}"
-        )
-    try:
-        stored = _entries(file, json.loads(text, parse_constant=_refuse_constant), 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} has a damaged header ({error!r}), expected valid safetensors; {again}"
-        ) from error
-    expected_size = max((entry.end for entry in stored.values()), default=8 + length)
-    if size != expected_size:
-        raise CheckpointError(
-            f"{file} has {size:,} bytes, expected {expected_size:,} by its header: an incomplete download? {again}"
-        )
-    return stored
-
-
-def _entries(file: Path, raw: dict[str, Any], data: int) -> dict[str, Stored]:
-    """The header's entries, offsets counted from the start of the file; any exception means a damaged header."""
-    stored = {}
-    for name, entry in raw.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)):
-            raise ValueError(f"{name} has shape {list(shape)} at bytes {begin}..{end}")
-        if dtype in DTYPE_OF and end - begin != prod(shape) * DTYPE_OF[dtype].itemsize:
-            raise ValueError(f"{name} is {dtype} {list(shape)} in {end - begin} bytes")
-        stored[name] = Stored(file, dtype, shape, data + begin, data + end)
-    return stored
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
