@@ -56,7 +56,10 @@ def build(layers: int, dtype: torch.dtype) -> Transformer:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Given(child.out_features, dtype))
-    return model.to_empty(device="cpu").to(dtype).requires_grad_(False)
+    model.to_empty(device="cpu").to(dtype).requires_grad_(False)
+    for parameter in model.parameters():  # what memory happens to hold may be denormal, which is slow
+        parameter.fill_(1.0)
+    return model
 
 
 @torch.inference_mode()
