@@ -93,9 +93,7 @@ def _positive(amount: int, text: str) -> int:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A cache that has been decided on but not allocated: the same numbers for `plan`, `generate` and the
-    allocation.
-    """
+    """A cache that is decided on but not allocated: one set of numbers for `plan`, `generate` and the allocation."""
 
     config: ModelConfig
     budget: Budget

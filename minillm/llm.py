@@ -75,7 +75,7 @@ class LLM:
 
         budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
         context: the whole of a fraction; default the smaller of the model's context and 8,192.
-        options: sinks, recent, evict_every, and those of the policy (hash_bits, policy_seed).
+        sinks, recent, evict_every: see Retention.  policy_options: hash_bits, policy_seed.
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
         checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
@@ -95,9 +95,7 @@ class LLM:
     @overload
     def generate(self, prompt: Prompt, **options: object) -> Result: ...
     def generate(self, prompt: Prompt | list[str], **options: object) -> Result | list[Result]:
-        """Answer one prompt, or a list of them one after the other, each from an empty cache.  Options as in
-        `stream`.
-        """
+        """Answer one prompt, or each of a list, from an empty cache.  Options as in `stream`."""
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             return [self.stream(one, **options).finish() for one in prompt]  # type: ignore[arg-type]
         return self.stream(prompt, **options).finish()  # type: ignore[arg-type]
@@ -114,8 +112,8 @@ class LLM:
     ) -> Stream:
         """An iterator over the pieces of the answer's text; its `.result` says everything else.
 
-        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids as they
-        are. params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
+        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids.
+        params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
         progress(tokens read, tokens in all) follows a long prompt.
         """
         tokens = self.encode(prompt, raw=raw, system=system) if isinstance(prompt, str) else self._ids(prompt)
@@ -128,9 +126,7 @@ class LLM:
         )
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **sampling: object) -> Result:
-        """Answer a conversation, given whole, from an empty cache; see `Conversation` for one that lives in the
-        cache.
-        """
+        """Answer a conversation, given whole, from an empty cache.  `Conversation` is one that lives in the cache."""
         template = self.checkpoint.template
         if template is None:
             raise PromptError(f"{self.checkpoint.name} has no chat template; use generate, which continues plain text")
@@ -153,8 +149,7 @@ class LLM:
         context: int | None = None,
         progress: Progress | None = None,
     ) -> Score:
-        """How well the model predicts token ids [n] under its budget: the mean of -log p of every token but a row's
-        first.
+        """How well the model predicts token ids [n] under its budget: the mean -log p of all but each row's first.
 
         The stream is cut into rows of context + 1 tokens (None: one row), each scored from an empty cache; `rows`
         limits them.  The same bounded path as generation, fed with the text itself (teacher forcing).

@@ -163,9 +163,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _keep_llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's blend: short wavelengths are kept (1), long ones stretched (0), linear between, by turns in the old
-    length.
-    """
+    """Llama 3.1's blend, by turns in the old length: short wavelengths kept (1), long stretched (0), linear between."""
     turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # [D/2]
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)

@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real tokenizers, texts and a trained checkpoint: $MINILLM_TEST_DATA, else ../shared/data beside the
-    repository.
-    """
+    """Real tokenizers, texts and a checkpoint: $MINILLM_TEST_DATA, else ../shared/data beside the repository."""
     folder = Path(os.environ.get("MINILLM_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no folder of real artefacts at {folder}: set MINILLM_TEST_DATA to run this test")

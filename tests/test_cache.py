@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minillm.cache import KVCache, cache_bytes
+from minillm.cache import cache_bytes
 from minillm.errors import ContextFullError
 from minillm.eviction import Retention
 from minillm.policies import POLICIES, make_policy
@@ -179,4 +179,3 @@ def test_seen_and_kept_are_reported() -> None:
     run(model, cache, _tokens(41), 64)
     assert cache.seen == [41]
     assert cache.kept() == 32 - 8 + 1  # tokens 32 and 40 each freed eight slots; one of the last eight is used
-    assert isinstance(cache, KVCache)
