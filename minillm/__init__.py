@@ -29,10 +29,10 @@ from .errors import (
     ModelNotFoundError,
     PromptError,
     SamplingError,
+    SessionError,
     TemplateError,
 )
-
-__version__ = "0.1.0"
+from .version import __version__
 
 _HOMES = {"LLM": "llm", "Budget": "budget", "ModelConfig": "config", "Sample": "sampling", "SamplingParams": "sampling"}
 
@@ -51,6 +51,7 @@ __all__ = [
     "Sample",
     "SamplingError",
     "SamplingParams",
+    "SessionError",
     "TemplateError",
     "__version__",
 ]

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 
-from .cache import QUERY_BLOCK, KVCache, cache_bytes
+from .cache import MAX_POSITION, KVCache, Overflow, PositionMode, cache_bytes, query_block
 from .config import ModelConfig
-from .errors import BudgetError, ContextFullError
+from .errors import BudgetError, ConfigError, ContextFullError
 from .eviction import EvictionPolicy, Retention
-from .policies import make_policy
+from .policies import Option, make_policy
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-MAX_POSITION = 2**31 - 1  # positions are 32-bit
 ACCEPTED = "a fraction in (0, 1] such as 0.3, a whole number of tokens such as 2048, or bytes such as 512MiB"
 
 
@@ -91,6 +90,62 @@ def _positive(amount: int, text: str) -> int:
     return amount
 
 
+SHAPES = ("uniform", "pyramid", "first-layers-full")
+FULL_LAYERS = 2  # how many layers `first-layers-full` leaves alone
+
+
+def layer_slots(shape: str | Sequence[float], slots: int, layers: int, whole: int) -> list[int]:
+    """Slots of every layer, `layers * slots` in all, each at least 1.
+
+    uniform: all the same.  pyramid: falling evenly from 1.5 times the mean in the first layer to half of it in the last
+    (after PyramidKV, arXiv 2406.02069).  first-layers-full: the first two layers keep all of `whole` and the others
+    share the rest.  A sequence: one relative weight per layer.  Worked example: weights 3, 2, 1 and 100 slots on
+    average -> 150, 100, 50.  Raises BudgetError for a shape that cannot be.
+    """
+    total = layers * slots
+    if isinstance(shape, str) and "," in shape:
+        shape = _weights(shape)
+    if shape == "uniform" or layers == 1:
+        weights = [1.0] * layers
+    elif shape == "pyramid":
+        weights = [1.5 - layer / (layers - 1) for layer in range(layers)]
+    elif shape == "first-layers-full":
+        full = min(FULL_LAYERS, layers - 1)
+        left = (total - full * whole) / (layers - full)
+        if left < 1:
+            raise BudgetError(
+                f"first-layers-full needs {full} x {whole:,} slots for the first layers, and a budget of {slots:,} a "
+                f"layer gives {total:,} to all {layers}: raise --budget or lower --context"
+            )
+        weights = [float(whole)] * full + [left] * (layers - full)
+        if left > whole:  # the budget holds everything anyway
+            weights = [1.0] * layers
+    elif isinstance(shape, str):
+        raise BudgetError(f"unknown layer budget '{shape}': choose one of {', '.join(SHAPES)}, or one weight per layer")
+    else:
+        weights = [float(weight) for weight in shape]
+    if len(weights) != layers or not all(0 < weight < math.inf for weight in weights):
+        raise BudgetError(
+            f"a layer budget needs one positive weight for each of {layers} layers, not {list(weights)}"
+        )
+    # Rounded so that the sum is exact: what is cut off goes to the layers that lost most.
+    shares = [weight / sum(weights) * total for weight in weights]
+    found = [max(1, math.floor(share)) for share in shares]
+    by_loss = sorted(range(layers), key=lambda layer: found[layer] - shares[layer])
+    for layer in by_loss[: max(0, total - sum(found))]:
+        found[layer] += 1
+    while sum(found) > total:  # weights so uneven that some layer was lifted to 1
+        found[found.index(max(found))] -= 1
+    return found
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BudgetError(f"layer budget '{text}' is not a list of numbers such as 3,2,1") from None
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """A cache that is decided on but not allocated: one set of numbers for `plan`, `generate` and the allocation."""
@@ -99,9 +154,12 @@ class CachePlan:
     budget: Budget
     whole: int
     policy: EvictionPolicy
-    retention: Retention
+    retentions: tuple[Retention, ...]  # one per layer
     rows: int
     dtype: torch.dtype
+    int8: bool = False
+    position_mode: PositionMode = "absolute"
+    on_overflow: Overflow = "evict"
 
     @classmethod
     def of(
@@ -116,45 +174,91 @@ class CachePlan:
         sinks: int | None = None,
         recent: int | None = None,
         evict_every: int | None = None,
-        **policy_options: int | None,
+        layer_budget: str | Sequence[float] = "uniform",
+        kv_dtype: str = "auto",
+        positions: PositionMode = "absolute",
+        on_overflow: Overflow = "evict",
+        **policy_options: Option | None,
     ) -> CachePlan:
         """Turn a budget over a context of `whole` tokens into slots.
 
         policy: by name; the default is `full` where everything is kept and `hashevict` where not.
+        layer_budget: how the slots are shared out among the layers, see `layer_slots`.
+        kv_dtype: "auto" stores keys and values in the model's dtype, "int8" in 8 bits.
+        positions: "absolute", or "window" where the trained length is to be a sliding window, see KVCache.
+        on_overflow: what a token that does not fit means: "evict" another, "warn" the first time, or "error".
+
         Raises BudgetError, ConfigError.
         """
         if whole < 1:
             raise BudgetError(f"--context must be at least 1 token, not {whole}")
+        for option, value, known in (
+            ("kv-dtype", kv_dtype, ("auto", "int8")),
+            ("positions", positions, ("absolute", "window")),
+            ("on-overflow", on_overflow, ("evict", "warn", "error")),
+        ):
+            if value not in known:
+                raise ConfigError(f"--{option} is {value!r}; choose one of {', '.join(known)}")
         budget = Budget.of(budget)
         rule = make_policy(policy or ("full" if budget.keeps_everything else "hashevict"), **policy_options)
+        int8, layers = kv_dtype == "int8", config.num_hidden_layers
 
         def bytes_of(slots: int) -> int:
-            layout = Retention.of(slots, evict_every=min(slots, evict_every or 32))  # the most the free list can take
-            return sum(cache_bytes(config, rule, layout, rows=rows, dtype=dtype).values())
+            shares = layer_slots(layer_budget, slots, layers, whole)
+            # the most that the free lists can take
+            layouts = [Retention.of(share, evict_every=min(share, evict_every or 32)) for share in shares]
+            return sum(cache_bytes(config, rule, layouts, rows=rows, dtype=dtype, int8=int8).values())
 
-        retention = Retention.of(budget.slots(whole, bytes_of), sinks=sinks, recent=recent, evict_every=evict_every)
-        return cls(config, budget, whole, rule, retention, rows, dtype)
+        retentions = tuple(
+            Retention.of(
+                slots, sinks=sinks, recent=recent, evict_every=evict_every, recent_share=rule.recent_share
+            )
+            for slots in layer_slots(layer_budget, budget.slots(whole, bytes_of), layers, whole)
+        )
+        return cls(config, budget, whole, rule, retentions, rows, dtype, int8, positions, on_overflow)
+
+    @property
+    def retention(self) -> Retention:
+        """That of the layer with the fewest slots: what fits there fits everywhere."""
+        return min(self.retentions, key=lambda retention: retention.slots)
 
     @property
     def slots(self) -> int:
-        """Slots per layer, KV head and row."""
-        return self.retention.slots
+        """Slots per layer, KV head and row; the mean, rounded down, where layers differ."""
+        return sum(retention.slots for retention in self.retentions) // len(self.retentions)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a token that finds no free slot may push out another."""
+        return self.policy.evicts and self.on_overflow != "error"
 
     def require_room(self, tokens: int, seen: int = 0) -> int:
         """Tokens that may still enter a cache that has seen `seen`; ContextFullError if that is less than `tokens`."""
-        if self.policy.evicts:
+        if self.evicts:
             return MAX_POSITION - seen
-        room = self.slots - seen
+        slots = self.retention.slots
+        room = slots - seen
         if tokens > room:
+            why = "--on-overflow is error" if self.policy.evicts else f"policy '{self.policy.name}' never evicts"
             raise ContextFullError(
-                f"{tokens:,} tokens do not fit: {room:,} of {self.slots:,} slots are free and policy "
-                f"'{self.policy.name}' never evicts; raise --context, or name a --budget"
+                f"{tokens:,} tokens do not fit: {room:,} of {slots:,} slots are free and {why}; raise --context or "
+                "--budget, or choose a policy that evicts"
             )
         return room
 
+    def require_pins(self, tokens: int) -> None:
+        """Raise BudgetError if `tokens` pinned tokens, in all, would leave nothing to evict."""
+        retention = self.retention
+        if self.policy.evicts and tokens > retention.room_for_pins:
+            raise BudgetError(
+                f"{tokens:,} pinned tokens do not fit: of {retention.slots:,} slots {retention.sinks} are sinks, "
+                f"{retention.recent} recent and {retention.evict_every} evicted at once, which leaves "
+                f"{max(0, retention.room_for_pins):,}; raise --budget, lower --recent, or pin less"
+            )
+
     def bytes_by_part(self) -> dict[str, int]:
         """Bytes of the cache by part, over all layers and rows."""
-        return cache_bytes(self.config, self.policy, self.retention, rows=self.rows, dtype=self.dtype)
+        return cache_bytes(self.config, self.policy, self.retentions, rows=self.rows, dtype=self.dtype, int8=self.int8)
 
     @property
     def nbytes(self) -> int:
@@ -163,20 +267,35 @@ class CachePlan:
 
     def allocate(self, device: torch.device) -> KVCache:
         """The cache itself."""
-        return KVCache(self.config, self.policy, self.retention, rows=self.rows, dtype=self.dtype, device=device)
+        return KVCache(
+            self.config,
+            self.policy,
+            self.retentions,
+            rows=self.rows,
+            dtype=self.dtype,
+            device=device,
+            int8=self.int8,
+            position_mode=self.position_mode,
+            on_overflow=self.on_overflow,
+        )
 
     def summary(self) -> dict[str, object]:
         """The `cache` object of every command's --json."""
         retention = self.retention
         return {
-            "slots": retention.slots,
+            "slots": self.slots,
+            "layer_slots": [layer.slots for layer in self.retentions],
             "bytes": self.nbytes,
             "policy": self.policy.name,
+            "policy_options": asdict(self.policy),  # type: ignore[call-overload]  # all are dataclasses
             "budget": str(self.budget),
             "context": self.whole,
             "sinks": retention.sinks,
             "recent": retention.recent,
             "evict_every": retention.evict_every,
+            "kv_dtype": "int8" if self.int8 else str(self.dtype).removeprefix("torch."),
+            "positions": self.position_mode,
+            "on_overflow": self.on_overflow,
         }
 
 
@@ -184,15 +303,18 @@ def workspace_bytes(plan: CachePlan, chunk: int) -> dict[str, int]:
     """Bytes of what one forward pass of `chunk` tokens holds at its widest moment, beside weights and cache.
 
     activations: the stream, its normalised copy, and the three feed-forward products (or queries, keys, values and
-    their rotated copies, whichever is more).  attention: scores, their softmax and the mask of one block of queries.
-    logits: one position in the model's dtype, in float32, and as probabilities.
+    their rotated copies, whichever is more).  attention: scores, their softmax and the mask of one block of queries,
+    and one layer's keys and values where they are stored in 8 bits.  logits: one position in the model's dtype, in
+    float32, and as probabilities.
     """
     config, size, width = plan.config, plan.dtype.itemsize, plan.rows * chunk
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     widest = max(3 * config.intermediate_size, 2 * heads * config.head_dim)
-    block = plan.rows * min(chunk, QUERY_BLOCK) * plan.slots
+    largest = max(plan.retentions, key=lambda retention: retention.slots)
+    block = plan.rows * min(chunk, query_block(config, largest, plan.rows)) * largest.slots
+    dense = 2 * plan.rows * config.num_key_value_heads * largest.slots * config.head_dim * size if plan.int8 else 0
     return {
         "activations": width * (3 * config.hidden_size + widest) * size,
-        "attention": block * (config.num_attention_heads * (2 * size + 1) + config.num_key_value_heads * 3),
+        "attention": block * (config.num_attention_heads * (2 * size + 1) + config.num_key_value_heads * 3) + dense,
         "logits": plan.rows * config.vocab_size * (size + 3 * 4),
     }

@@ -6,10 +6,11 @@ a policy stores (policies/), or how attention is computed (backends/).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from .eviction import EvictionPolicy, Retention
 
 NOTHING = -1  # the position of an empty slot and of a padding token: visible to nobody
-QUERY_BLOCK = 64  # queries that attend together: bounds the scores to H x 64 x S however large the chunk is
+MAX_POSITION = torch.iinfo(torch.int32).max
+QUERY_BLOCK = 64  # queries that attend together, at most ...
+SCORE_BYTES = 4 << 20  # ... and so many fewer that their float32 scores over all slots stay below this
 SMALLEST_VIEW = 64  # attention reads a power-of-two number of slots from here up to S, so only a few shapes ever exist
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
+PositionMode = Literal["absolute", "window"]
+Overflow = Literal["evict", "warn", "error"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,16 @@ class Span:
     host: Tensor  # [B, T] int64, on the CPU
     first: tuple[int, ...]  # B positions
     length: int
+    flags: Tensor | None = None  # [B, T] uint8, see eviction.py; None = no flags
+
+
+class Stretch(NamedTuple):
+    """Tokens start..stop of a span: within it nothing is evicted.  evict, settle: what some row does before it."""
+
+    start: int
+    stop: int
+    evict: bool
+    settle: bool
 
 
 @dataclass
@@ -51,15 +66,20 @@ class LayerCache:
     `free` alone; nothing has to be counted.
     """
 
+    index: int
     keys: Tensor  # [B, Hkv, S, D], after RoPE
     values: Tensor  # [B, Hkv, S, D]
+    scales: Tensor | None  # [B, Hkv, S, 2] float32: what one step of an int8 key, and of a value, is worth
     positions: Tensor  # [B, Hkv, S] int32: the token in the slot, -1 = nothing
+    flags: Tensor  # [B, Hkv, S] uint8: what was written with the token (eviction.py)
     free: Tensor  # [B, Hkv, evict_every] int64: the slots freed by the last eviction, in the order they are filled
-    tags: Tensor | None  # [B, Hkv, S, ...] what the policy stores beside a key
-    constants: Tensor | None  # what the policy fixes per layer, e.g. the hash projection
+    state: dict[str, Tensor]  # what the policy keeps: per slot, per head, and fixed for the layer
+    slot_state: tuple[str, ...]  # names of what is kept per slot
     policy: EvictionPolicy
     retention: Retention
     window: int | None  # a query sees positions > its own - window; None = all
+    sinks_stay: bool  # whether it sees the sinks even outside the window
+    query_block: int  # queries that attend together
 
     def __post_init__(self) -> None:
         rows, heads = self.positions.shape[:2]
@@ -69,9 +89,18 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was allocated for this layer, by name."""
-        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "free": self.free}
-        optional = {"tags": self.tags, "constants": self.constants}
-        return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
+        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "flags": self.flags}
+        scales = {} if self.scales is None else {"scales": self.scales}
+        return named | scales | {"free": self.free} | self.state
+
+    def stretches(self, span: Span) -> Iterator[Stretch]:
+        """Cut a span so that no row evicts anywhere but at the start of a stretch."""
+        start = 0
+        while start < span.length:
+            now = [first + start for first in span.first]
+            stop = min(span.length, start + self.query_block, start + min(map(self.until_eviction, now)))
+            yield Stretch(start, stop, any(map(self.is_due, now)), self.retention.slots in now)
+            start = stop
 
     def until_eviction(self, position: int) -> int:
         """Tokens written before the next eviction, this one included.  S = 8, every 2: 5 -> 3, 8 -> 2, 9 -> 1."""
@@ -82,15 +111,6 @@ class LayerCache:
         """Whether the token at this position finds no free slot."""
         slots, every = self.retention.slots, self.retention.evict_every
         return position >= slots and (position - slots) % every == 0
-
-    def stretches(self, span: Span) -> Iterator[tuple[int, int, bool]]:
-        """Cut a span into (start, stop, evict first?) so that no row evicts anywhere but at the start of a stretch."""
-        start = 0
-        while start < span.length:
-            step = min(self.until_eviction(first + start) for first in span.first)
-            stop = min(span.length, start + step, start + QUERY_BLOCK)
-            yield start, stop, any(self.is_due(first + start) for first in span.first)
-            start = stop
 
     def slots_of(self, span: Span, start: int, stop: int) -> Tensor:
         """Where the tokens start..stop of a span go: [B, Hkv, n] (or broadcastable) slot indices."""
@@ -108,11 +128,16 @@ class LayerCache:
     def write_(self, keys: Tensor, values: Tensor, span: Span, start: int, stop: int) -> None:
         """Store the tokens start..stop: `keys` and `values` are [B, Hkv, n, D]."""
         at = (self._row, self._head, self.slots_of(span, start, stop))
-        self.keys[at] = keys
-        self.values[at] = values
         self.positions[at] = span.positions[:, None, start:stop].to(torch.int32)  # [B, 1, n]
-        if self.tags is not None:
-            self.tags[at] = self.policy.tag(keys, self.constants)
+        self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
+        tags = self.policy.tag(self, keys)
+        for name in self.slot_state:
+            self.state[name][at] = tags.get(name, 0)
+        if self.scales is None:
+            self.keys[at], self.values[at] = keys, values
+        else:
+            (self.keys[at], key_scale), (self.values[at], value_scale) = to_int8(keys), to_int8(values)
+            self.scales[at] = torch.cat((key_scale, value_scale), -1)  # [B, Hkv, n, 2]
 
     def free_(self, victims: Tensor, due: Tensor) -> None:
         """Empty the slots `victims` [B, Hkv, evict_every] in the rows that are `due` [B], and remember them as free."""
@@ -128,6 +153,37 @@ class LayerCache:
             view *= 2
         return min(view, self.retention.slots)
 
+    def can_see(self, queries: Tensor, reach: int | None = None) -> Tensor:
+        """Which of the first `reach` slots the queries at positions [B, n] see: [B, Hkv, n, reach].
+
+        One rule: 0 <= slot <= query, and slot > query - window where there is a window (sinks may be exempt from it).
+        """
+        slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
+        queries = queries[:, None, :, None]  # [B, 1, n, 1]
+        visible = (slots >= 0) & (slots <= queries)
+        if self.window is None:
+            return visible
+        inside = slots > queries - self.window
+        return visible & (inside | (slots < self.retention.sinks) if self.sinks_stay else inside)
+
+    def dense(self, reach: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `reach` slots, each [B, Hkv, reach, D], as numbers to compute with."""
+        keys, values = self.keys[:, :, :reach], self.values[:, :, :reach]
+        if self.scales is None:
+            return keys.to(dtype), values.to(dtype)
+        scales = self.scales[:, :, :reach].to(dtype)  # [B, Hkv, reach, 2]
+        return keys.to(dtype).mul_(scales[..., :1]), values.to(dtype).mul_(scales[..., 1:])
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., D] -> int8 [..., D] and float32 scales [..., 1], so that x is about int8 * scale.
+
+    The largest element becomes 127: (0.5, -1.0) -> (64, -127) with scale 1 / 127.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127  # [..., 1]
+    return (x / scale).round_().to(torch.int8), scale.to(torch.float32)
+
 
 class KVCache:
     """The caches of all layers and the number of tokens each row has seen.
@@ -139,34 +195,54 @@ class KVCache:
         self,
         config: ModelConfig,
         policy: EvictionPolicy,
-        retention: Retention,
+        retentions: Retention | Sequence[Retention],
         *,
         rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        int8: bool = False,
+        position_mode: PositionMode = "absolute",
+        on_overflow: Overflow = "evict",
     ) -> None:
-        """Allocate everything: `retention.slots` slots in each of the config's layers, for `rows` sequences."""
-        self.policy, self.retention, self.rows = policy, retention, rows
-        self.device = torch.device(device)
-        specs = layer_specs(config, policy, retention, rows=rows, dtype=dtype)
+        """Allocate everything: the slots of each layer (one Retention for all, or one each), for `rows` sequences.
+
+        int8: store keys and values in 8 bits.  position_mode "window": the length that the model was trained on is a
+        sliding window, in which the sinks always lie just behind the oldest token.  on_overflow: what a token that
+        finds no free slot means: another one goes, silently or with a warning the first time, or an error.
+        """
+        layers = config.num_hidden_layers
+        self.retentions = tuple(retentions) if isinstance(retentions, Sequence) else (retentions,) * layers
+        self.policy, self.rows, self.device, self.on_overflow = policy, rows, torch.device(device), on_overflow
+        self.trained = config.max_position_embeddings if position_mode == "window" else None
+        self.kinds: Tensor | None = None  # [V] uint8 flags of every token id, for policies that need them
         self.layers = []
-        for index, window in enumerate(config.sliding_windows):
+        for index, (window, retention) in enumerate(zip(config.sliding_windows, self.retentions, strict=True)):
+            specs = layer_specs(config, policy, retention, rows=rows, dtype=dtype, int8=int8)
             made = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
-            if "constants" in made:
-                made["constants"].copy_(policy.constants(config.head_dim, index))
+            for name, constant in policy.constants(config, index).items():
+                made[name].copy_(constant)
+            # Sinks stay visible from afar only where the model itself was trained to see as far as that.
+            far = self.trained is not None and (window is None or window >= self.trained)
             self.layers.append(
                 LayerCache(
-                    made["keys"],
-                    made["values"],
-                    made["positions"],
-                    made["free"],
-                    made.get("tags"),
-                    made.get("constants"),
-                    policy,
-                    retention,
-                    window,
+                    index,
+                    keys=made.pop("keys"),
+                    values=made.pop("values"),
+                    scales=made.pop("scales", None),
+                    positions=made.pop("positions"),
+                    flags=made.pop("flags"),
+                    free=made.pop("free"),
+                    state=made,
+                    slot_state=tuple(policy.slot_state(config)),
+                    policy=policy,
+                    retention=retention,
+                    window=self.trained - retention.sinks if far and self.trained is not None else window,
+                    sinks_stay=far,
+                    query_block=query_block(config, retention, rows),
                 )
             )
+        self._fewest = min(retention.slots for retention in self.retentions)
+        self.fixed = frozenset(policy.constants_spec(config))  # names of what needs neither reset nor saving
         self.seen = [0] * rows
         self.reset()
 
@@ -175,60 +251,106 @@ class KVCache:
         self.seen = [0] * self.rows
         for layer in self.layers:
             layer.positions.fill_(NOTHING)
-            layer.free.zero_()
+            for tensor in (layer.flags, layer.free):
+                tensor.zero_()
+            for name, tensor in layer.state.items():
+                if name not in self.fixed:
+                    tensor.zero_()
 
-    def append(self, length: int, *, padded: int | None = None) -> Span:
+    def append(self, length: int, *, padded: int | None = None, flags: Tensor | None = None) -> Span:
         """Reserve the next `length` positions of every row (`padded` >= length: the width T of the forward pass).
 
-        Raises ContextFullError, before anything is written, if the policy may not evict and the tokens do not fit.
+        flags [B, T] uint8 are written with the tokens.  Raises ContextFullError, before anything is written, if nothing
+        may be evicted and the tokens do not fit.
         """
-        slots = self.retention.slots
-        if not self.policy.evicts and max(self.seen) + length > slots:
-            raise ContextFullError(
-                f"the sequence needs {max(self.seen) + length:,} tokens but the cache holds {slots:,} and policy "
-                f"'{self.policy.name}' never evicts; raise --context or name a --budget with another policy"
-            )
+        most = max(self.seen)
+        if most + length > self._fewest:
+            self._overflow(most, most + length)
         first = tuple(self.seen)
         host = torch.tensor(first)[:, None] + torch.arange(padded or length)  # [B, T]
         host[:, length:] = NOTHING
         self.seen = [position + length for position in first]
-        return Span(host.to(self.device), host, first, length)
+        return Span(host.to(self.device), host, first, length, None if flags is None else flags.to(self.device))
+
+    def _overflow(self, seen: int, needed: int) -> None:
+        """The tokens up to `needed` do not all fit: refuse them, or say so the first time."""
+        slots = self._fewest
+        if not self.policy.evicts or self.on_overflow == "error":
+            why = "--on-overflow is error" if self.policy.evicts else f"policy '{self.policy.name}' never evicts"
+            raise ContextFullError(
+                f"the sequence needs {needed:,} tokens but the cache holds {slots:,} and {why}; "
+                "raise --context or --budget, or choose a policy that evicts"
+            )
+        if self.on_overflow == "warn" and seen <= slots:
+            warnings.warn(f"the cache of {slots:,} slots is full: from here on tokens are evicted", stacklevel=4)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held, which is what `cache_bytes` says before allocation."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
 
+    def live(self, row: int = 0) -> Tensor:
+        """Tokens that a row keeps: [L, Hkv] int64 on the CPU.  Reads the device: once per answer, not per token."""
+        return torch.stack([(layer.positions[row] >= 0).sum(-1) for layer in self.layers]).cpu()  # [L, Hkv]
+
     def kept(self, row: int = 0) -> float:
-        """Live slots of a row, averaged over layers and KV heads.  Reads the device: once per answer, not per token."""
-        live = [(layer.positions[row] >= 0).sum(-1, dtype=torch.float64).mean() for layer in self.layers]
-        return float(torch.stack(live).mean())
+        """Live slots of a row, averaged over layers and KV heads."""
+        return float(self.live(row).to(torch.float64).mean(1).mean())
+
+    def oldest(self, row: int = 0) -> int | None:
+        """The oldest position kept anywhere outside the sinks; None where there is none.  Reads the device."""
+        beyond = torch.iinfo(torch.int32).max
+        found = [
+            torch.where(layer.positions[row] >= layer.retention.sinks, layer.positions[row], beyond).amin()
+            for layer in self.layers
+        ]
+        oldest = int(torch.stack(found).amin())
+        return None if oldest == beyond else oldest
+
+
+def query_block(config: ModelConfig, retention: Retention, rows: int) -> int:
+    """Queries that attend together: bounds the scores however large the chunk and however many the slots are."""
+    return max(1, min(QUERY_BLOCK, SCORE_BYTES // (4 * rows * config.num_attention_heads * retention.slots)))
 
 
 def layer_specs(
-    config: ModelConfig, policy: EvictionPolicy, retention: Retention, *, rows: int, dtype: torch.dtype
+    config: ModelConfig,
+    policy: EvictionPolicy,
+    retention: Retention,
+    *,
+    rows: int,
+    dtype: torch.dtype,
+    int8: bool = False,
 ) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor of one layer: the one place that knows, for planning and for allocation."""
-    heads, slots, head_dim = config.num_key_value_heads, retention.slots, config.head_dim
+    head = (rows, config.num_key_value_heads)
+    slot = (*head, retention.slots)
     specs: dict[str, TensorSpec] = {
-        "keys": ((rows, heads, slots, head_dim), dtype),
-        "values": ((rows, heads, slots, head_dim), dtype),
-        "positions": ((rows, heads, slots), torch.int32),
-        "free": ((rows, heads, retention.evict_every), torch.int64),
+        "keys": ((*slot, config.head_dim), torch.int8 if int8 else dtype),
+        "values": ((*slot, config.head_dim), torch.int8 if int8 else dtype),
+        "positions": (slot, torch.int32),
+        "flags": (slot, torch.uint8),
+        "free": ((*head, retention.evict_every), torch.int64),
     }
-    tag = policy.tag_spec(head_dim)
-    if tag is not None:
-        shape, kind = tag
-        specs["tags"] = ((rows, heads, slots, *shape), kind)
-    constants = policy.constants_spec(head_dim)
-    if constants is not None:
-        specs["constants"] = constants
-    return specs
+    if int8:
+        specs["scales"] = ((*slot, 2), torch.float32)
+    specs |= {name: ((*slot, *shape), kind) for name, (shape, kind) in policy.slot_state(config).items()}
+    specs |= {name: ((*head, *shape), kind) for name, (shape, kind) in policy.head_state(config).items()}
+    return specs | policy.constants_spec(config)
 
 
 def cache_bytes(
-    config: ModelConfig, policy: EvictionPolicy, retention: Retention, *, rows: int = 1, dtype: torch.dtype
+    config: ModelConfig,
+    policy: EvictionPolicy,
+    retentions: Sequence[Retention],
+    *,
+    rows: int = 1,
+    dtype: torch.dtype,
+    int8: bool = False,
 ) -> dict[str, int]:
     """Bytes of the cache by part, over all layers, without allocating anything."""
-    specs = layer_specs(config, policy, retention, rows=rows, dtype=dtype)
-    return {name: config.num_hidden_layers * prod(shape) * kind.itemsize for name, (shape, kind) in specs.items()}
+    parts: dict[str, int] = {}
+    for retention in retentions:
+        for name, (shape, kind) in layer_specs(config, policy, retention, rows=rows, dtype=dtype, int8=int8).items():
+            parts[name] = parts.get(name, 0) + prod(shape) * kind.itemsize
+    return parts

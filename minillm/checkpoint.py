@@ -83,28 +83,11 @@ class Checkpoint:
         return min(self.config.max_position_embeddings, DEFAULT_CONTEXT)
 
     def plan(
-        self,
-        *,
-        budget: Budget | str | float | None = None,
-        context: int | None = None,
-        policy: str | None = None,
-        sinks: int | None = None,
-        recent: int | None = None,
-        evict_every: int | None = None,
-        **policy_options: Any,
+        self, *, budget: Budget | str | float | None = None, context: int | None = None, **options: Any
     ) -> CachePlan:
-        """The cache that a budget over a context becomes; nothing is allocated.  See CachePlan.of for the options."""
-        return CachePlan.of(
-            self.config,
-            budget=budget,
-            whole=self.default_context if context is None else context,
-            dtype=self.dtype,
-            policy=policy,
-            sinks=sinks,
-            recent=recent,
-            evict_every=evict_every,
-            **policy_options,
-        )
+        """The cache that a budget over a context becomes; nothing is allocated.  Options as in CachePlan.of."""
+        whole = self.default_context if context is None else context
+        return CachePlan.of(self.config, budget=budget, whole=whole, dtype=self.dtype, **options)
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""

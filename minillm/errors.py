@@ -9,7 +9,8 @@
     │   └── ContextFullError     a sequence that does not fit a cache that may not evict
     ├── PromptError              an unusable prompt: empty, not UTF-8, token ids out of range
     │   └── TemplateError        a chat template that is absent, fails, or exceeds its limits
-    └── SamplingError            sampling parameters that contradict each other or are out of range
+    ├── SamplingError            sampling parameters that contradict each other or are out of range
+    └── SessionError             a session that cannot be saved, restored or rewound
 
 A message names what is wrong, the limit, and the remedy, on one line: the command line prints it as it is and exits
 with status 2.  Errors that are not in this tree are our bugs.
@@ -54,3 +55,7 @@ class TemplateError(PromptError):
 
 class SamplingError(MinillmError):
     """Sampling parameters that are out of range or contradict each other."""
+
+
+class SessionError(MinillmError):
+    """A session that cannot be saved, restored or rewound."""

@@ -13,44 +13,73 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .errors import BudgetError
 
 if TYPE_CHECKING:
     from .cache import LayerCache, TensorSpec
 
+PINNED, SPECIAL, PUNCTUATION = 1, 2, 4  # bits of the flags that are written with a token
+
 
 class EvictionPolicy(ABC):
     """A stateless rule that gives every slot a number; the lowest goes first.
 
-    Whatever it needs to remember lies in tensors that it declares here and the cache allocates, so that every byte is
-    planned: a `tag` beside each key, and `constants` per layer.
+    Whatever it needs to remember lies in tensors that it declares here, by name, and the cache allocates: every byte is
+    planned, saved with a session, and found in `layer.state`.  A shape may depend on the model alone.
     """
 
     name: ClassVar[str]
     evicts: ClassVar[bool] = True
+    recent_share: ClassVar[int] = 4  # by default the last slots / recent_share tokens are protected
+    needs_kinds: ClassVar[bool] = False  # whether tokens must be flagged as SPECIAL and PUNCTUATION
+    needs_attention: ClassVar[bool] = False  # whether `observe_attention_` wants the weights of every query
 
-    def tag_spec(self, head_dim: int) -> TensorSpec | None:  # noqa: ARG002
-        """Shape (after [B, Hkv, S]) and dtype of what is stored beside a key; None = nothing."""
-        return None
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `observe_queries_` wants every query."""
+        return False
 
-    def constants_spec(self, head_dim: int) -> TensorSpec | None:  # noqa: ARG002
-        """Shape and dtype of what is fixed for a layer; None = nothing."""
-        return None
+    def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
+        """Shape (after [B, Hkv, S]) and dtype of what is kept for a slot; cleared to 0 when a token enters it."""
+        return {}
 
-    def constants(self, head_dim: int, layer: int) -> Tensor:
-        """The fixed tensor of a layer, as `constants_spec` declares it: a function of options and layer alone."""
-        raise NotImplementedError(f"{self.name} declares no constants")
+    def head_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
+        """Shape (after [B, Hkv]) and dtype of what is kept for a row and KV head."""
+        return {}
 
-    def tag(self, keys: Tensor, constants: Tensor | None) -> Tensor:
-        """What to store beside keys [B, Hkv, n, D]: [B, Hkv, n, ...] as `tag_spec` declares it."""
-        raise NotImplementedError(f"{self.name} declares no tag")
+    def constants_spec(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
+        """Shape and dtype of what is fixed for a layer."""
+        return {}
+
+    def constants(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """What `constants_spec` declares: a function of options, model and layer alone, so it need not be saved."""
+        return {}
+
+    def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """What to store beside keys [B, Hkv, n, D], exact whatever the cache stores: [B, Hkv, n, ...] by name."""
+        return {}
+
+    def settle_(self, layer: LayerCache, due: Tensor) -> None:  # noqa: B027
+        """Fix what follows from the first S tokens, in the rows that are `due` [B]: once, before their first eviction.
+
+        Until then the tokens 0..S-1 lie in the slots 0..S-1.
+        """
+
+    def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:
+        """Note queries [B, H, n, D] at `positions` [B, n], in order, after their attention."""
+        raise NotImplementedError(f"{self.name} does not observe queries")
+
+    def observe_attention_(self, layer: LayerCache, weights: Tensor, positions: Tensor) -> None:
+        """Note attention weights [B, Hkv, G, n, S'] of queries at `positions` [B, n] over the first S' slots."""
+        raise NotImplementedError(f"{self.name} does not observe attention")
 
     @abstractmethod
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:
         """How much each slot deserves to stay, lowest goes first: [B, Hkv, S] (or broadcastable), read as float32.
 
         `query` [B, H, D] and `key` [B, Hkv, D] belong to the incoming token at position `now` [B], which is not in the
-        cache yet.  Empty and protected slots may get any number.
+        cache yet; everything before it has been observed.  Empty and protected slots may get any number.
         """
 
 
@@ -68,12 +97,18 @@ class Retention:
 
     @classmethod
     def of(
-        cls, slots: int, *, sinks: int | None = None, recent: int | None = None, evict_every: int | None = None
+        cls,
+        slots: int,
+        *,
+        sinks: int | None = None,
+        recent: int | None = None,
+        evict_every: int | None = None,
+        recent_share: int = EvictionPolicy.recent_share,
     ) -> Retention:
         """Defaults that always fit; what is given explicitly is kept, and the defaults make room for it.
 
-        Defaults: evict_every = slots / 16 in 1..32, sinks = min(4, slots / 16), recent = slots / 4.  Raises BudgetError
-        if sinks + recent + evict_every exceed the slots.
+        Defaults: evict_every = slots / 16 in 1..32, sinks = min(4, slots / 16), recent = slots / recent_share.  Raises
+        BudgetError if sinks + recent + evict_every exceed the slots.
         """
         for option, value, lowest in (
             ("slots", slots, 1),
@@ -96,35 +131,44 @@ class Retention:
             sinks = min(4, slots // 16, room)
             room -= sinks
         if recent is None:
-            recent = min(slots // 4, room)
+            recent = min(slots // recent_share, room)
         return cls(slots, sinks, recent, evict_every)
 
+    @property
+    def room_for_pins(self) -> int:
+        """Tokens that may be pinned: what is neither protected already nor must be free to go."""
+        return self.slots - self.sinks - self.recent - self.evict_every
 
-def evict_(layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> None:
+
+def evict_(layer: LayerCache, query: Tensor, key: Tensor, now: Tensor, *, settle: bool) -> None:
     """Free `evict_every` slots per KV head in every row whose incoming token, at position `now` [B], finds none free.
 
     Rows that are not due are left as they are: the decision is a mask, so rows of a batch may be in different phases.
+    settle: whether some row does this for the first time.
     """
     retention = layer.retention
+    if settle:
+        layer.policy.settle_(layer, now == retention.slots)
     score = layer.policy.score(layer, query, key, now)  # [B, Hkv, S]
-    victims = choose(score, layer.positions, now, retention, layer.window)  # [B, Hkv, evict_every]
+    victims = choose(score, layer, now)  # [B, Hkv, evict_every]
     since = now - retention.slots
     layer.free_(victims, due=(since >= 0) & (since % retention.evict_every == 0))
 
 
-def choose(score: Tensor, positions: Tensor, now: Tensor, retention: Retention, window: int | None) -> Tensor:
+def choose(score: Tensor, layer: LayerCache, now: Tensor) -> Tensor:
     """The `evict_every` slots that go, per row and KV head: [B, Hkv, evict_every] indices, first to go first.
 
     Order: slots that nobody will see again (empty, or outside the sliding window, even if protected), then the lowest
     score, and always ties to the oldest token.  All of it is one 64-bit integer per slot - score in the upper half,
     position in the lower - so that no two slots compare equal and every device makes the same choice.
     """
-    now = now[:, None, None]  # [B, 1, 1]
+    positions, retention = layer.positions, layer.retention
     seat = torch.arange(positions.shape[2], device=positions.device)  # [S]
     order = (_sortable(score) << 32) + positions  # [B, Hkv, S]
-    protected = (positions < retention.sinks) | (positions >= now - retention.recent)
+    protected = (positions < retention.sinks) | (positions >= now[:, None, None] - retention.recent)
+    protected |= layer.flags & PINNED > 0
     order = torch.where(protected, _LAST, order)
-    unseen = positions < 0 if window is None else (positions < 0) | (positions <= now - window)
+    unseen = ~layer.can_see(now[:, None])[:, :, 0]  # [B, Hkv, S]
     age = (positions + 1).to(torch.int64) * len(seat) + seat  # [B, Hkv, S], distinct for empty slots too
     order = torch.where(unseen, _FIRST + age, order)
     return order.topk(retention.evict_every, largest=False, sorted=True).indices  # [B, Hkv, evict_every]

@@ -9,27 +9,27 @@ The library's front.  It prints nothing; the command line is built on it.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .budget import Budget, CachePlan
+from .budget import CachePlan
+from .cache import MAX_POSITION
 from .chat import Message
 from .checkpoint import Checkpoint
 from .errors import PromptError
+from .eviction import PUNCTUATION, SPECIAL
 from .generate import feed
 from .hub import EMBEDDED
 from .model import Transformer
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
-from .stream import Stream, target_logprobs
+from .stream import Progress, Stream, collect, target_logprobs
 
-Prompt = str | Sequence[int] | Tensor
-Progress = Callable[[int, int], None]
+Prompt = str | Iterator[str] | Iterator[Tensor] | Sequence[int] | Tensor
 
 
 class LLM:
@@ -42,15 +42,12 @@ class LLM:
         """`chunk`: how many tokens of a prompt go through the linear layers together (memory against speed)."""
         if chunk < 1:
             raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
-        trained = checkpoint.config.max_position_embeddings
-        if plan.whole > trained:
-            warnings.warn(
-                f"the context of {plan.whole:,} tokens is longer than the {trained:,} that {checkpoint.name} was "
-                "trained for: positions beyond are extrapolated",
-                stacklevel=2,
-            )
         self.checkpoint, self.model, self.plan, self.chunk = checkpoint, model, plan, chunk
         self.cache = plan.allocate(checkpoint.device)
+        if plan.policy.needs_kinds:
+            self.cache.kinds = torch.zeros(checkpoint.config.vocab_size, dtype=torch.uint8)
+            self.cache.kinds[checkpoint.tokenizer.special_ids()] = SPECIAL
+            self.cache.kinds[checkpoint.tokenizer.punctuation_ids()] = PUNCTUATION
         self.owner: object = None  # whoever fed the cache last: nobody else may go on with what is in it
 
     @classmethod
@@ -58,36 +55,23 @@ class LLM:
         cls,
         name: str = EMBEDDED,
         *,
-        budget: Budget | str | float | None = None,
-        context: int | None = None,
-        policy: str | None = None,
         chunk: int = 256,
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
-        sinks: int | None = None,
-        recent: int | None = None,
-        evict_every: int | None = None,
-        **policy_options: Any,
+        **cache_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.
 
-        budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
-        context: the whole of a fraction; default the smaller of the model's context and 8,192.
-        sinks, recent, evict_every: see Retention.  policy_options: hash_bits, policy_seed.
+        cache_options: those of `Checkpoint.plan`, such as
+            budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
+            context: the whole of a fraction; default the smaller of the model's context and 8,192.
+            policy, sinks, recent, evict_every, layer_budget, kv_dtype, positions, on_overflow, and the policy's own.
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
         checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
-        plan = checkpoint.plan(
-            budget=budget,
-            context=context,
-            policy=policy,
-            sinks=sinks,
-            recent=recent,
-            evict_every=evict_every,
-            **policy_options,
-        )
+        plan = checkpoint.plan(**cache_options)
         return cls(checkpoint, checkpoint.load_model(), plan, chunk=chunk)
 
     @overload
@@ -107,20 +91,29 @@ class LLM:
         *,
         raw: bool = False,
         system: str | None = None,
+        length: int | None = None,
         progress: Progress | None = None,
         **sampling: object,
     ) -> Stream:
         """An iterator over the pieces of the answer's text; its `.result` says everything else.
 
-        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids.
+        prompt: text, which is put into the model's chat template where it has one (`raw`: not), or token ids; or an
+        iterator over pieces of either, of any length (`length`: so many tokens in all, if known).
         params, or its fields as keywords over the checkpoint's own defaults: `stream("Hi", temperature=0.7)`.
-        progress(tokens read, tokens in all) follows a long prompt.
+        progress(tokens read, tokens in all if known) follows a long prompt.
         """
-        tokens = self.encode(prompt, raw=raw, system=system) if isinstance(prompt, str) else self._ids(prompt)
+        tokens: Tensor | Iterator[Tensor]
+        if isinstance(prompt, str):
+            tokens = self.encode(prompt, raw=raw, system=system)
+        elif isinstance(prompt, Iterator):
+            tokens = self._pieces(prompt, raw=raw, system=system)
+        else:
+            tokens = self._ids(prompt)
         return Stream(
             self,
             tokens,
             self._params(params, sampling),
+            length=length,
             progress=progress,
             continuation=raw or self.checkpoint.template is None,
         )
@@ -134,11 +127,11 @@ class LLM:
         return Stream(self, tokens, self._params(params, sampling)).finish()
 
     def encode(self, text: str | Iterable[str], *, raw: bool = False, system: str | None = None) -> Tensor:
-        """Token ids [n] int32 of a prompt, as `generate` feeds it; pieces of a long text are encoded in bounded memory.
+        """Token ids [n] int32 of a prompt, as `generate` feeds it.
 
         Raises PromptError where nothing would be left to feed, or for a system message that nothing can carry.
         """
-        return encode_prompt(self.checkpoint, text, raw=raw, system=system)
+        return collect(encode_prompt(self.checkpoint, text, raw=raw, system=system), MAX_POSITION)
 
     @torch.inference_mode()
     def score(
@@ -167,7 +160,7 @@ class LLM:
             self.cache.reset()
             self.plan.require_room(len(piece) - 1)
             at = 0
-            for hidden in feed(self.model, self.cache, piece[None, :-1], self.chunk):  # [1, T, hidden]
+            for _, hidden in feed(self.model, self.cache, piece[None, :-1], self.chunk):  # [1, T, hidden]
                 targets = piece[at + 1 : at + 1 + hidden.shape[1]].to(hidden.device, torch.int64)  # [T]
                 scored = target_logprobs(self.model, hidden[0], targets, self.real_vocab)  # [T]
                 total -= float(scored.sum(dtype=torch.float64))
@@ -183,6 +176,15 @@ class LLM:
     def real_vocab(self) -> int:
         """Ids that mean something: rows of the output projection beyond the tokenizer's are padding."""
         return min(self.checkpoint.tokenizer.vocab_size, self.checkpoint.config.vocab_size)
+
+    def _pieces(
+        self, prompt: Iterator[str] | Iterator[Tensor], *, raw: bool, system: str | None
+    ) -> Iterator[Tensor]:
+        """Pieces of token ids, out of pieces of ids or of text."""
+        first = next(prompt, "")
+        if isinstance(first, str):
+            return encode_prompt(self.checkpoint, chain([first], prompt), raw=raw, system=system)  # type: ignore[arg-type]
+        return map(self._ids, chain([first], prompt))  # type: ignore[arg-type]
 
     def _params(self, params: SamplingParams | None, sampling: dict[str, object]) -> SamplingParams:
         if params is not None:
@@ -210,15 +212,15 @@ class LLM:
 
 def encode_prompt(
     checkpoint: Checkpoint, text: str | Iterable[str], *, raw: bool = False, system: str | None = None
-) -> Tensor:
-    """See `LLM.encode`; needs no weights."""
+) -> Iterator[Tensor]:
+    """See `LLM.encode`; pieces of tokens [n] for pieces of text, however many.  Needs no weights."""
     tokenizer, template = checkpoint.tokenizer, None if raw else checkpoint.template
     if system is not None and template is None:
         raise PromptError(
             f"a system message needs a chat template, and {'--raw turns it off' if raw else 'there is none'}"
         )
     if template is None:
-        tokens = tokenizer.encode_stream([text] if isinstance(text, str) else text, bos=True)
+        tokens = tokenizer.encode_pieces([text] if isinstance(text, str) else text, bos=True)
     else:
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         if isinstance(text, str):
@@ -226,10 +228,11 @@ def encode_prompt(
         else:  # a text too long for the template: render around it
             before, after = template.render_around(opening)
             pieces = chain([before], text, [after])
-        tokens = tokenizer.encode_stream(pieces, bos=False)
-    if len(tokens) == 0:
+        tokens = tokenizer.encode_pieces(pieces, bos=False)
+    first = next(tokens, None)  # now, and not when it is too late to say what is wrong
+    if first is None:
         raise PromptError("the prompt is empty and this model has no beginning-of-sequence token: give some text")
-    return tokens
+    return chain([first], tokens)
 
 
 class Conversation:
@@ -251,8 +254,8 @@ class Conversation:
     def usage(self) -> Usage:
         """What the cache has seen of the conversation, and keeps."""
         if self._last is None:
-            return Usage(0, 0, 0, 0, 0)
-        return Usage.of(self.llm.cache, prompt=len(self._last.tokens), completion=self._last.completion_tokens)
+            return Usage(0, 0, 0, 0, 0, (0, 0), [], None)
+        return Usage.of(self.llm.cache, prompt=self._last.prompt_tokens, completion=self._last.completion_tokens)
 
     def send(
         self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **sampling: object

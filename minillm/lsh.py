@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 
-def projection(bits: int, head_dim: int, *, seed: int, layer: int) -> Tensor:
-    """The Gaussian rows [P, D] of one layer in float32, a function of seed and layer alone.
+def projection(
+    bits: int, head_dim: int, *, seed: int, layer: int, heads: int = 1, orthogonal: bool = False
+) -> Tensor:
+    """The Gaussian rows [heads, P, D] of one layer in float32, a function of seed and layer alone.
 
-    float32 always: a bfloat16 projection flips bits of vectors that lie near a hyperplane.
+    float32 always: a bfloat16 projection flips bits of vectors that lie near a hyperplane.  orthogonal: every D rows
+    are made orthogonal, which spreads the hyperplanes evenly (Ji et al., "Super-Bit LSH", NeurIPS 2012).
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
-    return torch.randn(bits, head_dim, generator=generator, dtype=torch.float32)  # [P, D]
+    rows = torch.randn(heads, bits, head_dim, generator=generator, dtype=torch.float32)  # [heads, P, D]
+    if not orthogonal:
+        return rows
+    # Rows are columns of Q: at most D at a time can be orthogonal.  Lengths do not matter to signs.
+    blocks = [torch.linalg.qr(block.transpose(1, 2)).Q.transpose(1, 2) for block in rows.split(head_dim, dim=1)]
+    return torch.cat(blocks, 1)  # [heads, P, D]
 
 
 def code_words(bits: int) -> tuple[int, torch.dtype]:
@@ -38,10 +46,11 @@ _WEIGHTS = {
 
 
 def encode(x: Tensor, rows: Tensor) -> Tensor:
-    """Codes of vectors: x [..., D] and rows [P, D] -> packed bits [..., W], dtype and W as `code_words` says."""
+    """Codes of vectors: x [..., n, D] and rows [..., P, D] -> packed bits [..., n, W], dtype and W as in `code_words`.
+    """
     precise = torch.promote_types(x.dtype, rows.dtype)
-    projected: Tensor = x.to(precise) @ rows.to(precise).T  # [..., P]
-    return pack(projected >= 0)  # [..., W]
+    projected: Tensor = x.to(precise) @ rows.to(precise).transpose(-1, -2)  # [..., n, P]
+    return pack(projected >= 0)  # [..., n, W]
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -60,14 +69,38 @@ def pack(bits: Tensor) -> Tensor:
     return pieces.to(_WORDS[piece]).view(dtype)  # [..., W]
 
 
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: integers [..., W] -> booleans [..., P] (a byte holds eight bits, lowest first)."""
+    places = torch.arange(8, device=codes.device, dtype=torch.uint8)  # [8]
+    pieces = codes.contiguous().view(torch.uint8).unsqueeze(-1) >> places & 1  # [..., bytes, 8]
+    return pieces.flatten(-2)[..., :bits].bool()  # [..., P]
+
+
+def dot(codes: Tensor, numbers: Tensor) -> Tensor:
+    """Dot products of codes [..., S, W], read as +1 and -1, with numbers [..., P]: [..., S] in the numbers' dtype.
+
+    Byte by byte, from a table of the 256 sums that a byte can give: no code is ever spread out to P numbers.
+    """
+    spare = -numbers.shape[-1] % 8
+    groups = torch.nn.functional.pad(numbers, (0, spare)).unflatten(-1, (-1, 8))  # [..., bytes, 8]
+    every_byte = torch.arange(256, device=codes.device, dtype=torch.uint8)[:, None]  # [256, 1]
+    signs = unpack(every_byte, 8).to(numbers.dtype) * 2 - 1  # [256, 8]
+    table = groups @ signs.T  # [..., bytes, 256]
+    pieces = codes.view(torch.uint8)  # [..., S, bytes]
+    total = torch.zeros(codes.shape[:-1], dtype=numbers.dtype, device=codes.device)  # [..., S]
+    for byte in range(table.shape[-2]):
+        total += table[..., byte, :].gather(-1, pieces[..., byte].to(torch.int64))
+    return total
+
+
 def hamming(a: Tensor, b: Tensor) -> Tensor:
     """Number of differing bits between packed codes [..., W] of one dtype, broadcast against each other: int64
     [...].
     """
-    return _popcount(a ^ b).sum(-1)  # [...]
+    return popcount(a ^ b).sum(-1)  # [...]
 
 
-def _popcount(x: Tensor) -> Tensor:
+def popcount(x: Tensor) -> Tensor:
     """Ones in every integer, by adding neighbouring bits, pairs, nibbles, then bytes (Hacker's Delight, section
     5-1).
     """

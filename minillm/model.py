@@ -17,7 +17,7 @@ from .backends.reference import attend_
 from .cache import KVCache, LayerCache, Span
 from .config import ModelConfig, RopeScaling
 
-Attend = Callable[[LayerCache, Tensor, Tensor, Tensor, Span], Tensor]
+Attend = Callable[[LayerCache, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -57,11 +57,19 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
         x = self.embed_tokens(tokens)  # [B, T, hidden]
-        cos, sin = rope(span.host, self.inverse_frequencies)
-        rotation = (cos * self.rope_scale).to(x), (sin * self.rope_scale).to(x)
+        rotation, sink_rotation = self._rotation(span.host, x), None
+        if cache.trained is not None:
+            # Attention knows distances only.  A query that asks the sinks as if it stood at the last trained position
+            # sees them just behind its window: nothing in the cache has to be turned again.
+            sink_rotation = self._rotation(span.host.clamp(max=cache.trained - 1), x)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, rotation, span, layer_cache)
+            x = layer(x, rotation, sink_rotation, span, layer_cache)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _rotation(self, positions: Tensor, like: Tensor) -> Rotation:
+        """cos and sin [B, 1, T, D] for positions [B, T] on the CPU, in the dtype and on the device of `like`."""
+        cos, sin = rope(positions, self.inverse_frequencies)
+        return (cos * self.rope_scale).to(like), (sin * self.rope_scale).to(like)
 
 
 class Layer(nn.Module):
@@ -74,8 +82,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Rotation, span: Span, cache: LayerCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, span, cache)
+    def forward(
+        self, x: Tensor, rotation: Rotation, sink_rotation: Rotation | None, span: Span, cache: LayerCache
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, sink_rotation, span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -95,13 +105,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.attend = attend_
 
-    def forward(self, x: Tensor, rotation: Rotation, span: Span, cache: LayerCache) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, sink_rotation: Rotation | None, span: Span, cache: LayerCache
+    ) -> Tensor:
         q = self.q_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, H, D]
         k = self.k_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, Hkv, D]
         v = self.v_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, Hkv, T, D]
-        q = rotate(self.q_norm(q).transpose(1, 2), rotation)  # [B, H, T, D]
-        k = rotate(self.k_norm(k).transpose(1, 2), rotation)  # [B, Hkv, T, D]
-        y = self.attend(cache, q, k, v, span)  # [B, H, T, D]
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # [B, H, T, D], [B, Hkv, T, D]
+        q_sinks = None if sink_rotation is None else rotate(q, sink_rotation)  # [B, H, T, D]
+        y = self.attend(cache, rotate(q, rotation), rotate(k, rotation), v, span, q_sinks)  # [B, H, T, D]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # [B, T, hidden]
 
 

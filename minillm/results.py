@@ -12,19 +12,29 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens.  seen: entered the cache since it was last empty; kept: still there, a mean over layers and KV heads."""
+    """Tokens.  seen: entered the cache since it was last empty; kept: still there, a mean over layers and KV heads.
+
+    kept_range: the fewest and the most that a KV head keeps; kept_by_layer: the same, with the mean between, for every
+    layer.  oldest_kept: the oldest position kept anywhere outside the sinks; None where there is none.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     seen_tokens: int
     kept_tokens: float
     evicted_tokens: float
+    kept_range: tuple[int, int]
+    kept_by_layer: list[tuple[int, float, int]]
+    oldest_kept: int | None
 
     @classmethod
     def of(cls, cache: KVCache, *, prompt: int, completion: int) -> Usage:
-        """Count what a cache has seen and keeps (reads the device once)."""
-        seen, kept = cache.seen[0], cache.kept()
-        return cls(prompt, completion, seen, _whole(kept), _whole(seen - kept))
+        """Count what a cache has seen and keeps (reads the device)."""
+        seen, live = cache.seen[0], cache.live().tolist()  # [L][Hkv]
+        by_layer = [(min(heads), _whole(sum(heads) / len(heads)), max(heads)) for heads in live]
+        kept = sum(mean for _, mean, _ in by_layer) / len(by_layer)
+        span = min(low for low, _, _ in by_layer), max(high for _, _, high in by_layer)
+        return cls(prompt, completion, seen, _whole(kept), _whole(seen - kept), span, by_layer, cache.oldest())
 
 
 def _whole(number: float) -> float:

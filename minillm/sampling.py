@@ -24,8 +24,8 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,17 @@ class SamplingParams:
             if count is not None:
                 _check_number(name, count, 0, 20, "leave it out for none", whole=True)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that JSON can carry, for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """What `to_json` gave, after a trip through JSON, which knows no tuples and no whole numbers as keys."""
+        tuples = {name: tuple(values[name]) for name in ("stop", "stop_token_ids")}
+        bias = {int(token_id): value for token_id, value in values["logit_bias"].items()}
+        return cls(**{**values, **tuples, "logit_bias": bias})
+
 
 def _check_number(name: str, value: float, low: float, high: float, remedy: str, *, whole: bool = False) -> None:
     """Raise SamplingError unless low <= value <= high; `not` around the comparison catches NaN."""
@@ -158,6 +169,27 @@ class Sampler:
     def is_stop(self, token_id: int) -> bool:
         """Whether this token ends the answer: an explicit stop id always does, an eos id unless eos is ignored."""
         return token_id in self._stop_ids
+
+    def restart(self) -> None:
+        """Another answer begins: its length and occurrences count from here; what was seen stays seen."""
+        self._count = 0
+        self._occurrences.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next choices depend on beside `params`, by name; sizes depend on the vocabulary and the device."""
+        return {
+            "generator": self._generator.get_state(),
+            "count": torch.tensor([self._count]),
+            "seen": self._seen,
+            "occurrences": self._occurrences,
+        }
+
+    def restore_(self, state: Mapping[str, Tensor]) -> None:
+        """Go on as the sampler whose `state` this was."""
+        self._generator.set_state(state["generator"])
+        self._count = int(state["count"])
+        self._seen.copy_(state["seen"])
+        self._occurrences.copy_(state["occurrences"])
 
     @torch.inference_mode()
     def observe_prompt(self, ids: Tensor) -> None:

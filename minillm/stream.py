@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import PromptError
-from .generate import generate
+from .generate import Pins, generate
 from .model import Transformer
 from .results import FinishReason, Result, Timings, TokenLogprob, Usage
 from .sampling import Sampler, SamplingParams
@@ -20,6 +21,7 @@ from .text import IncrementalDecoder, StopMatcher
 if TYPE_CHECKING:
     from .llm import LLM
 
+Progress = Callable[[int, int | None], None]  # tokens read so far, and in all where that is known
 LOGIT_ROWS = 32  # positions that go through the output projection together: bounds the logits to 32 x V
 
 
@@ -37,32 +39,42 @@ class Stream(Iterator[str]):
     def __init__(
         self,
         llm: LLM,
-        tokens: Tensor,
+        prompt: Tensor | Iterator[Tensor],
         params: SamplingParams,
         *,
         after: Stream | None = None,
         continuation: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        pins: Pins = (),
+        length: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        """Feed tokens [n] to an empty cache, or `after` the request whose tokens are in it.
+        """Feed a prompt, tokens [n] or pieces of an endless one, to an empty cache, or `after` another request.
 
+        length: tokens of the prompt in all, where it comes in pieces and that is known.
         continuation: the answer goes on with the prompt's text, so a space before its first word is real.
         """
-        checkpoint = llm.checkpoint
-        self.llm, self.tokens, self.params = llm, tokens, params
+        checkpoint, seen = llm.checkpoint, 0 if after is None else llm.cache.seen[0]
+        if not isinstance(prompt, Tensor) and not llm.plan.evicts:
+            prompt = collect(prompt, llm.plan.slots - seen + 1)  # enough to know that it does not fit
+        known = len(prompt) if isinstance(prompt, Tensor) else length
+        self.llm, self.prompt, self.params = llm, prompt, params
         self.sampler = Sampler(
             params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device
         )
-        room = llm.plan.require_room(len(tokens), 0 if after is None else llm.cache.seen[0])
+        room = llm.plan.require_room(known or 1, seen)
+        llm.plan.require_pins(sum(stop - start for start, stop in pins))
         if after is None:
             llm.cache.reset()
         # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
-        self._limit = min(params.max_tokens, room - len(tokens) + 1)
-        self._progress = progress
+        self._limit = min(params.max_tokens, room - (known or 0) + 1)
+        self._pins, self._progress, self._known = pins, progress, known
         self._ids, self._texts = array("i"), [""]
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob | None] = []
-        self._fed, self._stopping = 0, False
+        self._before: Tensor | None = None  # the hidden state [1, hidden] before the present chunk of the prompt
+        self._stopping = False
+        self._shorter = seen <= checkpoint.config.max_position_embeddings  # than what the model was trained on
+        self.prompt_tokens = 0  # fed so far
         self._started = self._first_at = self._last_at = 0.0
         self._finish: FinishReason = "abort"
         self._pieces = self._run(checkpoint.tokenizer.stream(continuation=continuation))
@@ -99,12 +111,12 @@ class Stream(Iterator[str]):
             text="".join(self._texts),
             token_ids=self._ids.tolist(),
             finish_reason=self._finish,
-            usage=Usage.of(llm.cache, prompt=len(self.tokens), completion=produced),
+            usage=Usage.of(llm.cache, prompt=self.prompt_tokens, completion=produced),
             cache=llm.plan.summary(),
             timings=Timings(
                 first_token_s=max(0.0, waited),
                 generation_s=generating,
-                prompt_tokens_per_s=len(self.tokens) / waited if waited > 0 else 0.0,
+                prompt_tokens_per_s=self.prompt_tokens / waited if waited > 0 else 0.0,
                 generation_tokens_per_s=(produced - 1) / generating if generating > 0 else 0.0,
             ),
             seed=self.sampler.seed,
@@ -140,15 +152,14 @@ class Stream(Iterator[str]):
         llm = self.llm
         self._require_cache()
         self._started = time.perf_counter()
-        if self.params.repetition_penalty != 1:
-            self.sampler.observe_prompt(self.tokens)
         samples = generate(
             llm.model,
             llm.cache,
-            self.tokens,
+            self.prompt,
             self.sampler,
             max_tokens=self._limit,
             chunk=llm.chunk,
+            pins=self._pins,
             on_prompt=self._note_prompt,
         )
         try:
@@ -158,6 +169,7 @@ class Stream(Iterator[str]):
                 self._ids.append(sample.token_id)
                 if sample.logprob is not None:
                     self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
+                self._note_length()
                 yield sample.token_id
                 self._require_cache()
                 if self._stopping:
@@ -168,26 +180,55 @@ class Stream(Iterator[str]):
             llm.owner = None  # a forward pass was cut in the middle: nobody may go on with what is in the cache
             raise
 
+    def _note_length(self) -> None:
+        """Say so once, when the sequence grows longer than those that the model was trained on."""
+        trained = self.llm.checkpoint.config.max_position_embeddings
+        if self.llm.cache.trained is None and self._shorter and self.llm.cache.seen[0] > trained:
+            warnings.warn(
+                f"the sequence is now longer than the {trained:,} tokens that {self.llm.checkpoint.name} was trained "
+                "for: positions beyond are extrapolated (--positions window never looks further back)",
+                stacklevel=2,
+            )
+        self._shorter = self.llm.cache.seen[0] <= trained
+
     def _require_cache(self) -> None:
         if self.llm.owner is not self:
             raise PromptError(
                 "a newer request has taken over this LLM's cache; for two at a time use a second LLM over one model"
             )
 
-    def _note_prompt(self, hidden: Tensor) -> None:
-        """Look at the hidden states [1, T, hidden] of one chunk of the prompt: log-probabilities and progress."""
-        start, self._fed = self._fed, self._fed + hidden.shape[1]
+    def _note_prompt(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Look at one chunk of the prompt, tokens [1, T] and hidden states [1, T, hidden]: for what was asked for."""
+        self.prompt_tokens += tokens.shape[1]
+        self._note_length()
+        if self.params.repetition_penalty != 1:
+            self.sampler.observe_prompt(tokens[0])
         if self.params.prompt_logprobs is not None:
-            if start == 0:
+            targets, before = tokens[0].to(torch.int64), hidden[0, :-1]  # [T], [T - 1, hidden]
+            if self._before is None:
                 self._prompt_logprobs.append(None)  # nothing predicts the first token
-            targets = self.tokens[start + 1 : self._fed + 1].to(torch.int64)  # [T], one less at the end
-            blocks = log_probabilities(self.llm.model, hidden[0, : len(targets)], self.llm.real_vocab)
+                targets = targets[1:]
+            else:
+                before = torch.cat((self._before, before))
+            self._before = hidden[0, -1:]
+            blocks = log_probabilities(self.llm.model, before, self.llm.real_vocab)
             for block, wanted in zip(blocks, targets.split(LOGIT_ROWS), strict=True):
                 self._prompt_logprobs += _describe(block.cpu(), wanted, self.params.prompt_logprobs)
         if self._progress is not None:
-            self._progress(self._fed, len(self.tokens))
+            self._progress(self.prompt_tokens, self._known)
         if self._stopping:
             raise _StoppedInPromptError
+
+
+def collect(pieces: Iterable[Tensor], enough: int) -> Tensor:
+    """Pieces of tokens as one tensor [n]; no more are asked for once there are `enough`."""
+    found, count = [torch.empty(0, dtype=torch.int32)], 0
+    for piece in pieces:
+        found.append(piece)
+        count += len(piece)
+        if count >= enough:
+            break
+    return torch.cat(found)
 
 
 def log_probabilities(model: Transformer, hidden: Tensor, real_vocab: int) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ Everything here is plain strings, bytes and ids.  It must not know which tokeniz
 from __future__ import annotations
 
 import codecs
-from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -86,8 +85,8 @@ class StopMatcher:
         return min((at for at in map(text.find, self._stops) if at >= 0), default=-1)
 
 
-def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: int) -> array[int]:
-    """Ids of a text of any length, given in any pieces, as if it had been encoded at once; int32.
+def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: int) -> Iterator[list[int]]:
+    """Ids of a text of any length, given in any pieces, as if it had been encoded at once; some at a time.
 
     Only about `window` characters are looked at together.  Each window begins at a token border near the end of the one
     before it; where both have the same tokens at the same characters, the ids go over from one to the other.  For BPE
@@ -97,10 +96,9 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
     could end in other tokens of the same text.  Where the windows never agree they become one growing window: memory
     gives way to truth.
     """
-    out = array("i")
     overlap = max(window // 16, 64)
     chunks = _chunks(pieces, window)
-    text, settled, first = next(chunks, ""), 0, True  # `settled`: the characters of `text` whose ids are in `out`
+    text, settled, first = next(chunks, ""), 0, True  # `settled`: the characters of `text` whose ids are out
     ids, starts = encode(text, first)
     for more in chunks:
         begin = bisect_left(starts, settled)
@@ -111,7 +109,7 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
             crossing = _crossing(ids, starts, begin, new_ids, [left + start for start in new_starts])
             base = 0
             if crossing is not None:
-                out.extend(ids[begin:crossing])
+                yield ids[begin:crossing]
                 settled = starts[crossing] - left
                 # What is settled stays a while as context, from a border on that is itself settled.
                 context = max(begin, bisect_left(starts, starts[crossing] - overlap))
@@ -120,8 +118,7 @@ def encode_in_windows(encode: WindowEncoder, pieces: Iterable[str], *, window: i
         keep = bisect_left(new_starts, base)
         text, ids, starts = longer[base:], new_ids[keep:], [start - base for start in new_starts[keep:]]
         first, settled = first and left == base == 0, settled - base
-    out.extend(ids[bisect_left(starts, settled) :])
-    return out
+    yield ids[bisect_left(starts, settled) :]
 
 
 def _crossing(ids: list[int], starts: list[int], begin: int, new_ids: list[int], new_starts: list[int]) -> int | None:

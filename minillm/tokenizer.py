@@ -7,8 +7,10 @@ published with.  This file must not know any model, template or prompt.
 
 from __future__ import annotations
 
+import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,17 +81,46 @@ class Tokenizer:
         ids = self._window(text, True)[0]
         return (self._opening(ids[:2]) if bos else []) + ids
 
-    def encode_stream(self, pieces: Iterable[str], *, bos: bool, window: int = 32_768) -> torch.Tensor:
-        """The ids `encode` would give for the joined pieces, as an int32 tensor, at four bytes a token.
+    def encode_pieces(self, pieces: Iterable[str], *, bos: bool, window: int = 32_768) -> Iterator[torch.Tensor]:
+        """The ids `encode` would give for the joined pieces, as int32 tensors of some tokens each, none of them empty.
 
-        Looks at about `window` characters at a time, see `text.encode_in_windows`.
+        Looks at about `window` characters at a time, see `text.encode_in_windows`, and holds no more than that.
         """
         import torch  # only here, so that reading a tokenizer does not take a second
 
-        ids = encode_in_windows(self._window, pieces, window=window)
+        parts = encode_in_windows(self._window, pieces, window=window)
         if bos:
-            ids[:0] = array("i", self._opening(ids[:2].tolist()))
-        return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)  # [T]
+            first: list[int] = []
+            for part in parts:
+                first += part
+                if len(first) >= 2:
+                    break
+            parts = chain([self._opening(first[:2]) + first], parts)
+        for ids in parts:
+            if ids:
+                yield torch.tensor(ids, dtype=torch.int32)  # [n]
+
+    def encode_stream(self, pieces: Iterable[str], *, bos: bool, window: int = 32_768) -> torch.Tensor:
+        """All that `encode_pieces` gives in one tensor [n], at four bytes a token."""
+        import torch
+
+        ids = array("i")  # a list of tensors, joined at the end, would hold everything twice
+        for part in self.encode_pieces(pieces, bos=bos, window=window):
+            ids.extend(part.tolist())
+        return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+
+    def special_ids(self) -> list[int]:
+        """Ids that are no text, such as those that begin and end one."""
+        return sorted(self._hidden)
+
+    def punctuation_ids(self) -> list[int]:
+        """Ids whose text, spaces aside, is punctuation and nothing else."""
+        found = []
+        for token in range(self._vocab_size):
+            text = self._bytes(token).decode(errors="replace").strip()
+            if text and all(unicodedata.category(character).startswith("P") for character in text):
+                found.append(token)
+        return found
 
     def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
         """Text of `ids`, without special tokens. For `continuation` see `stream`. PromptError: id out of range."""

@@ -69,7 +69,7 @@ def make_cache(
 @torch.inference_mode()
 def run(model: Transformer, cache: KVCache, tokens: Tensor, chunk: int) -> Tensor:
     """Logits [B, n, V] of tokens [B, n], fed `chunk` at a time."""
-    return torch.cat([model.logits(hidden) for hidden in feed(model, cache, tokens, chunk)], 1)
+    return torch.cat([model.logits(hidden) for _, hidden in feed(model, cache, tokens, chunk)], 1)
 
 
 def kept_positions(cache: KVCache) -> list[list[list[list[int]]]]:

@@ -23,12 +23,12 @@ TREES = {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for 
 
 # From the ground up: a room may import from its own floor and from those below it.
 FLOORS = (
-    ("errors",),
+    ("errors", "version"),
     ("config", "headers", "lsh", "sampling", "text", "vocabulary", "sandbox"),
     ("cache", "eviction"),
     ("policies", "backends", "tokenizer", "chat"),
     ("model", "budget"),
-    ("generate", "loader", "quant", "parallel"),
+    ("generate", "loader", "quant", "parallel", "snapshot", "fingerprint"),
     ("hub", "engine"),
     ("checkpoint", "results", "stream", "session"),
     ("llm",),
@@ -38,7 +38,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
-DISK_ROOMS = {"loader", "headers", "hub", "tokenizer", "vocabulary", "chat", "session"}
+DISK_ROOMS = {"loader", "headers", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(
     r"os\.(remove|unlink|rename|replace|mkdir|makedirs|listdir|scandir|walk|stat)|(shutil|tempfile|mmap)\.\w+"

@@ -23,7 +23,7 @@ def _tokens(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("every", [1, 4, 32])
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", ["window", "hashevict", "hashevict-key"])  # the others: test_policies.py
 @pytest.mark.parametrize("times", [0.5, 1, 3.3, 20])
 def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int, times: float) -> None:
     """In float64: the same kept positions and logits, one token at a time, by 7, by 64, and whole."""
@@ -41,25 +41,24 @@ def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int,
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_cutting_in_lower_precision(policy: str) -> None:
-    """float32: logits within 1e-5 while kept positions agree (share printed).  bfloat16: printed, nothing is
+    """float32: logits within 1e-5 as long as kept positions agree (share printed).  bfloat16: printed, nothing is
     promised.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        agree, worst, total = 0, 0.0, 0
-        for seed in range(8):
+        agree, worst, total = 0, 0.0, 6
+        for seed in range(total):
             model = tiny_model(dtype=dtype, seed=seed)
-            tokens = _tokens(5 * SLOTS, seed=seed)
-            runs = []
-            for chunk in (1, 64):
-                cache = make_cache(model, policy, SLOTS, evict_every=4)
-                runs.append((run(model, cache, tokens, chunk), kept_positions(cache)))
-            total += 1
-            if runs[0][1] == runs[1][1]:
+            caches = [make_cache(model, policy, SLOTS, evict_every=4) for _ in range(2)]
+            for piece in _tokens(5 * SLOTS, seed=seed).split(SLOTS, 1):
+                one, many = (run(model, cache, piece, chunk) for cache, chunk in zip(caches, (1, 64), strict=True))
+                if kept_positions(caches[0]) != kept_positions(caches[1]):
+                    break
+                worst = max(worst, float((one - many).abs().max()))
+            else:
                 agree += 1
-                worst = max(worst, float((runs[0][0] - runs[1][0]).abs().max()))
         print(f"{policy} {dtype}: kept positions agree in {agree} of {total} runs, largest difference {worst:.1e}")
         if dtype == torch.float32:
-            assert agree > 0
+            assert agree > total // 2
             assert worst < 1e-5
 
 
@@ -90,7 +89,7 @@ def test_tensors_never_move_and_their_bytes_are_as_planned(policy: str) -> None:
     model = tiny_model()
     cache = make_cache(model, policy, 200, rows=2)
     assert cache.nbytes == sum(
-        cache_bytes(model.config, cache.policy, cache.retention, rows=2, dtype=torch.float32).values()
+        cache_bytes(model.config, cache.policy, cache.retentions, rows=2, dtype=torch.float32).values()
     )
 
     def addresses() -> list[tuple[str, int, int]]:
@@ -108,9 +107,9 @@ def test_bytes_of_the_hash_table() -> None:
     """D = 128 in bfloat16: K and V 512 bytes a slot and head, 16 packed bits 2, 64 bits 8."""
     config = tiny_config(head_dim=128, num_hidden_layers=1, num_key_value_heads=1)
     for bits, size in ((16, 2), (24, 3), (64, 8)):
-        parts = cache_bytes(config, make_policy("hashevict", hash_bits=bits), Retention.of(1000), dtype=torch.bfloat16)
+        parts = cache_bytes(config, make_policy("hashevict", hash_bits=bits), [Retention.of(1000)], dtype=torch.bfloat16)
         assert parts["keys"] + parts["values"] == 512 * 1000
-        assert parts["tags"] == size * 1000
+        assert parts["codes"] == size * 1000
         assert parts["positions"] == 4 * 1000
 
 

@@ -9,9 +9,9 @@ import torch
 
 from minillm import lsh
 from minillm.backends.reference import attend_
-from minillm.cache import KVCache
+from minillm.cache import KVCache, LayerCache
 from minillm.errors import BudgetError, ConfigError
-from minillm.eviction import Retention, choose
+from minillm.eviction import PINNED, Retention, choose
 from minillm.policies import POLICIES, make_policy
 
 from .helpers import tiny_config
@@ -25,7 +25,7 @@ def test_kept_positions_and_outputs_agree_with_the_naive_oracle(case: int) -> No
     """Random layers, layouts and chunkings, several wraps deep: every kept position and every output, in float64."""
     dice = random.Random(case)
     torch.manual_seed(case)
-    policy_name = dice.choice(EVICTING)
+    policy_name = dice.choice(["window", "hashevict", "hashevict-key"])
     kv_heads, group, dim = dice.choice([1, 2]), dice.choice([1, 2, 3]), dice.choice([4, 8])
     slots = dice.randint(1, 16)
     every = dice.randint(1, max(1, slots // 2))
@@ -55,7 +55,7 @@ def test_kept_positions_and_outputs_agree_with_the_naive_oracle(case: int) -> No
         at += n
     output = torch.cat(outputs, 2)
 
-    rows = lsh.projection(bits, dim, seed=seed, layer=0)
+    rows = lsh.projection(bits, dim, seed=seed, layer=0)[0]
     for head in range(kv_heads):
         oracle = NaiveHead(policy_name, slots, sinks, recent, every, window, rows)
         for t in range(length):
@@ -71,7 +71,7 @@ def test_kept_positions_and_outputs_agree_with_the_naive_oracle(case: int) -> No
 def test_cap_sinks_and_recent_hold_at_every_token(policy: str, slots: int) -> None:
     config = tiny_config(num_hidden_layers=1)
     cache = KVCache(config, make_policy(policy), Retention.of(slots))
-    layer, retention = cache.layers[0], cache.retention
+    layer, retention = cache.layers[0], cache.retentions[0]
     for now in range(6 * slots + 5):
         q, kv = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 1, 8)
         attend_(layer, q, kv, kv, cache.append(1))
@@ -85,23 +85,36 @@ def test_cap_sinks_and_recent_hold_at_every_token(policy: str, slots: int) -> No
             assert len(live) == now + 1 or len(live) > slots - retention.evict_every
 
 
+def _layer(positions: list[int], retention: Retention, window: int | None = None) -> LayerCache:
+    """One KV head whose slots hold tokens at these positions."""
+    config = tiny_config(
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, sliding_windows=(window,)
+    )
+    layer = KVCache(config, make_policy("window"), retention).layers[0]
+    layer.positions.copy_(torch.tensor(positions))
+    return layer
+
+
 def test_choice_order_empty_then_unseen_then_lowest_score_then_oldest() -> None:
-    positions = torch.tensor([[[0, 9, 3, -1, 7, 5, 6, 1]]], dtype=torch.int32)
+    positions = [0, 9, 3, -1, 7, 5, 6, 1]
     score = torch.tensor([[[-9.0, 5.0, -1.0, 99.0, -1.0, 2.0, -0.0, 0.0]]])
     retention = Retention(slots=8, sinks=1, recent=1, evict_every=5)
     now = torch.tensor([10])
     # empty slot 3; then -1.0 at positions 3 and 7; then +-0.0 at positions 1 and 6.  Position 0 is a sink, 9 is recent.
-    assert choose(score, positions, now, retention, None).tolist() == [[[3, 2, 4, 7, 6]]]
+    assert choose(score, _layer(positions, retention), now).tolist() == [[[3, 2, 4, 7, 6]]]
     # with a window of 7, positions <= 3 are seen by nobody: they go next, oldest first, the sink included
-    assert choose(score, positions, now, retention, 7).tolist() == [[[3, 0, 7, 2, 4]]]
+    assert choose(score, _layer(positions, retention, window=7), now).tolist() == [[[3, 0, 7, 2, 4]]]
+    # pinned tokens are protected like sinks: position 3 (slot 2) stays, and 5 (slot 5) goes in its place
+    pinned = _layer(positions, retention)
+    pinned.flags[0, 0, 2] = PINNED
+    assert choose(score, pinned, now).tolist() == [[[3, 4, 7, 6, 5]]]
 
 
 @pytest.mark.parametrize("scores", [[-3.5, -0.25, 0.0, 1e-30, 2.0, 3e30], [-3e30, -2.0, -1e-38, 0.0, 0.5, 4.0]])
 def test_choice_sorts_floats_of_any_sign_and_size(scores: list[float]) -> None:
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     score = torch.tensor(scores)[order][None, None]
-    positions = torch.arange(6, dtype=torch.int32)[None, None]
-    picked = choose(score, positions, torch.tensor([6]), Retention(6, 0, 0, 6), None)[0, 0]
+    picked = choose(score, _layer(list(range(6)), Retention(6, 0, 0, 6)), torch.tensor([6]))[0, 0]
     assert torch.equal(score[0, 0, picked], torch.tensor(scores))
 
 
@@ -127,7 +140,7 @@ def test_rows_in_different_phases_evict_as_if_alone() -> None:
                 span,
             )
         for name, tensor in alone[row].layers[0].tensors().items():
-            if name != "constants":
+            if name != "projection":
                 together.layers[0].tensors()[name][row] = tensor[0]
         together.seen[row] = ahead
     for step in range(50):

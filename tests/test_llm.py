@@ -181,9 +181,12 @@ def test_prompts_that_cannot_be(llm: LLM, prompt: list[int], says: str) -> None:
         llm.generate(prompt)
 
 
-def test_a_context_beyond_the_trained_one_is_said(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="longer than the 512"):
-        LLM.load(str(folder), budget=8, context=1000)
+def test_passing_the_trained_length_is_said_once(folder: Path) -> None:
+    llm = LLM.load(str(folder), budget=8)
+    with pytest.warns(UserWarning, match="longer than the 512") as said:
+        llm.generate([5] * 1200, max_tokens=1)
+    assert len(said) == 1
+    LLM.load(str(folder), budget=8, positions="window").generate([5] * 1200, max_tokens=1)  # nothing is extrapolated
 
 
 def test_chat_renders_the_template(chat_folder: Path) -> None:
@@ -251,7 +254,7 @@ def test_stopping_while_the_prompt_is_read_leaves_a_usable_conversation(folder: 
     stream = conversation.send(WORDS * 4, max_tokens=4, progress=lambda done, _: done < 40 or stream.stop())
     assert "".join(stream) == ""
     assert stream.result.finish_reason == "abort"
-    assert 40 <= stream.result.usage.seen_tokens < len(stream.tokens)
+    assert 40 <= stream.result.usage.seen_tokens < len(stream.prompt)
     assert conversation.send("once upon", max_tokens=4, ignore_eos=True).finish().usage.completion_tokens == 4
 
 

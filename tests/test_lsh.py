@@ -50,13 +50,13 @@ def test_hamming_at_the_extremes_of_every_word(dtype: torch.dtype) -> None:
 
 
 def test_zero_counts_as_one() -> None:
-    assert lsh.encode(torch.zeros(3), lsh.projection(16, 3, seed=0, layer=0)).tolist() == [-1]
+    assert lsh.encode(torch.zeros(3), lsh.projection(16, 3, seed=0, layer=0)[0]).tolist() == [-1]
 
 
 def test_distance_estimates_the_angle() -> None:
     """E[Hamming] = P * theta / pi: checked at five angles with 20,000 bits, five standard errors."""
     bits = 20_000
-    rows = lsh.projection(bits, 64, seed=1, layer=0)
+    rows = lsh.projection(bits, 64, seed=1, layer=0)[0]
     x = torch.zeros(64)
     x[0] = 3.0
     for theta in (0.1, 0.7, 1.5, 2.4, 3.0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from itertools import chain
 
 import pytest
 
@@ -115,10 +116,8 @@ def test_windows_agree_with_the_whole_and_stay_small() -> None:
         longest = max(longest, len(window))
         return words(window, beginning)
 
-    ids = encode_in_windows(encode, cut(text, rng), window=5000)
-    assert ids.typecode == "i"
-    assert ids.itemsize == 4
-    assert ids.tolist() == words(text, True)[0]
+    ids = [*chain.from_iterable(encode_in_windows(encode, cut(text, rng), window=5000))]
+    assert ids == words(text, True)[0]
     assert longest < 5500
 
 
@@ -129,4 +128,4 @@ def test_a_text_that_never_agrees_is_encoded_as_one() -> None:
     def encode(window: str, _beginning: bool) -> tuple[list[int], list[int]]:
         return [len(window)] * len(window), list(range(len(window)))
 
-    assert encode_in_windows(encode, [text], window=100).tolist() == encode(text, True)[0]
+    assert [*chain.from_iterable(encode_in_windows(encode, [text], window=100))] == encode(text, True)[0]

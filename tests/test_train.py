@@ -141,7 +141,7 @@ def logits(model: Transformer, ids: list[int]) -> Tensor:
     """[T, V], through the engine's own path."""
     cache = KVCache(model.config, Full(), Retention.of(64), dtype=model.model.norm.weight.dtype)
     with torch.inference_mode():
-        return model.logits(torch.cat(list(feed(model, cache, torch.tensor([ids]), 64)), dim=1)[0])
+        return model.logits(torch.cat([hidden for _, hidden in feed(model, cache, torch.tensor([ids]), 64)], dim=1)[0])
 
 
 def test_what_is_exported_is_the_mean_of_all_steps() -> None:

@@ -68,7 +68,7 @@ def milliseconds(model: Transformer, policy: str, slots: int, dtype: torch.dtype
     cache = KVCache(model.config, make_policy(policy), Retention.of(slots), dtype=dtype)
     for _ in feed(model, cache, torch.zeros(1, slots + 64, dtype=torch.int32), 256):
         pass
-    token, every, times = torch.zeros(1, 1, dtype=torch.int64), cache.retention.evict_every, []
+    token, every, times = torch.zeros(1, 1, dtype=torch.int64), cache.retentions[0].evict_every, []
     for _ in range(max(8, tokens // every)):
         begin = time.perf_counter()
         for _ in range(every):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from .opening import choose_sampling, load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, add_sampling_options
 from .prompt_text import add_text_options, read_text
 from .report import Meter, facts_after, facts_before, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint import Checkpoint
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,17 +38,17 @@ def run(args: argparse.Namespace) -> int:
     """Everything that can be wrong with the request is found before the weights are read."""
     text = read_text(args)
     checkpoint = open_checkpoint(args)
-
-    from ..llm import encode_prompt
-
     params = choose_sampling(args, checkpoint)
-    short = args.text is not None and args.text != "-"
-    tokens = encode_prompt(checkpoint, "".join(text) if short else text, raw=args.raw, system=args.system)
-    plan = plan_cache(args, checkpoint, context=len(tokens) + params.max_tokens)
-    plan.require_room(len(tokens))
+    tokens, length = _prompt(args, checkpoint, text)
+    whole = None if length is None else length + params.max_tokens
+    plan = plan_cache(args, checkpoint, context=whole)
+    if not plan.policy.evicts and args.context is None:  # ends where the model's training did, unless told otherwise
+        plan = plan_cache(args, checkpoint, context=min(plan.whole, checkpoint.config.max_position_embeddings))
+    plan.require_room(length or 1)
     say(facts_before(checkpoint, plan))
     llm = load(args, checkpoint, plan)
-    stream = llm.stream(tokens, params, raw=args.raw, progress=Meter("reading the prompt", "tokens").update)
+    meter = Meter("reading the prompt", "tokens", lambda: f"kept {llm.cache.kept():,.0f}")
+    stream = llm.stream(tokens, params, raw=args.raw, length=length, progress=meter.update)
     status = 0
     try:
         for piece in stream:
@@ -53,3 +60,32 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
     say(("interrupted; " if status else "") + facts_after(result.usage, result.timings))
     return status
+
+
+def _prompt(
+    args: argparse.Namespace, checkpoint: Checkpoint, text: Iterator[str]
+) -> tuple[Iterator[Tensor], int | None]:
+    """The prompt's tokens, piece by piece, and how many there are, if that can be known before they are fed.
+
+    A file is read twice, to be counted and to be fed.  Stdin can be read only once: it is fed as it comes, unless the
+    budget is a fraction of a length that only the end of the text tells; then its ids are held, at 4 bytes a token.
+    """
+    from ..budget import Budget
+    from ..llm import encode_prompt
+
+    def encoded(pieces: str | Iterator[str]) -> Iterator[Tensor]:
+        return encode_prompt(checkpoint, pieces, raw=args.raw, system=args.system)
+
+    in_argument = args.text is not None and args.text != "-"
+    if args.file is not None:
+        meter, length = Meter("counting the prompt", "tokens"), 0
+        for piece in encoded(text):
+            length += len(piece)
+            meter.update(length, None)
+        meter.close()
+        return encoded(read_text(args)), length
+    tokens = encoded("".join(text) if in_argument else text)
+    if in_argument or (args.context is None and Budget.of(args.budget).kind in ("all", "fraction")):
+        held = list(tokens)
+        return iter(held), sum(map(len, held))
+    return tokens, None

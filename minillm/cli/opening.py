@@ -50,6 +50,7 @@ def choose_sampling(args: argparse.Namespace, checkpoint: Checkpoint) -> Samplin
 
 def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int | None) -> CachePlan:
     """The cache that the options name; `context` is the whole where --context is not given, see Checkpoint.plan."""
+    options = dict(option.split("=", 1) for option in args.policy_option or ())
     return checkpoint.plan(
         budget=args.budget,
         context=args.context or context,
@@ -57,8 +58,11 @@ def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int
         sinks=args.sinks,
         recent=args.recent,
         evict_every=args.evict_every,
-        hash_bits=args.hash_bits,
-        policy_seed=args.policy_seed,
+        layer_budget=args.layer_budget,
+        kv_dtype=args.kv_dtype,
+        positions=args.positions,
+        on_overflow=args.on_overflow,
+        **{"hash_bits": args.hash_bits, "policy_seed": args.policy_seed, **options},
     )
 
 

@@ -60,13 +60,42 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy",
         metavar="NAME",
-        help="full, window, hashevict or hashevict-key (default: hashevict under a budget, else full)",
+        help="full, window, hashevict, hashevict-key, random, l2, keydiff, exact, h2o, scissorhands, tova, snapkv or "
+        "fastgen (default: hashevict under a budget, else full)",
+    )
+    group.add_argument(
+        "--policy-option",
+        type=assignment,
+        action="append",
+        metavar="NAME=VALUE",
+        help="of the policy, such as decay=0.9; repeatable",
     )
     group.add_argument("--hash-bits", type=int, metavar="P", help="bits of a hash code")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: min(4, slots/16))")
     group.add_argument("--recent", type=int, metavar="N", help="latest tokens never evicted (default: slots/4)")
     group.add_argument("--evict-every", type=int, metavar="N", help="slots freed at once (default: slots/16, 1 to 32)")
-    group.add_argument("--policy-seed", type=int, metavar="N", help="of the policy's projection (default: 0)")
+    group.add_argument("--policy-seed", type=int, metavar="N", help="of the policy's random numbers (default: 0)")
+    group.add_argument(
+        "--layer-budget",
+        default="uniform",
+        metavar="SHAPE",
+        help="uniform, pyramid, first-layers-full, or a weight for each layer as in 3,2,1 (default: uniform)",
+    )
+    group.add_argument(
+        "--kv-dtype", choices=("auto", "int8"), default="auto", help="precision of the cache (default: the model's)"
+    )
+    group.add_argument(
+        "--positions",
+        choices=("absolute", "window"),
+        default="absolute",
+        help="window: never look further back than the model was trained to (default: absolute)",
+    )
+    group.add_argument(
+        "--on-overflow",
+        choices=("evict", "warn", "error"),
+        default="evict",
+        help="when the slots are full: evict, say so once, or refuse (default: evict)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +165,13 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def assignment(text: str) -> str:
+    """An argparse type: NAME=VALUE."""
+    if not text.partition("=")[2]:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a name, an equals sign and a value, as in decay=0.9")
+    return text
 
 
 def id_and_value(text: str) -> tuple[int, float]:

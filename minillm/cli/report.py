@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,8 +58,13 @@ def facts_after(usage: Usage, timings: Timings) -> str:
 
 
 def remembered(usage: Usage) -> str:
-    """Seen, kept, evicted."""
-    return f"seen {usage.seen_tokens:,}, kept {usage.kept_tokens:,}, evicted {usage.evicted_tokens:,}"
+    """Seen, kept, evicted, and how far back memory reaches."""
+    counts = (usage.kept_tokens, usage.evicted_tokens)
+    kept, evicted = (f"{count:,}" if isinstance(count, int) else f"{count:,.1f}" for count in counts)
+    line = f"seen {usage.seen_tokens:,}, kept {kept}, evicted {evicted}"
+    if usage.evicted_tokens and usage.oldest_kept is not None:
+        line += f", oldest kept {usage.oldest_kept:,}"
+    return line
 
 
 def peak_memory() -> int:
@@ -77,32 +83,43 @@ def peak_memory() -> int:
 class Meter:
     """Progress on stderr for whatever takes longer than two seconds; silent otherwise, and gone at the end."""
 
-    def __init__(self, what: str, unit: str) -> None:
-        self._what, self._unit = what, unit
+    def __init__(self, what: str, unit: str, detail: Callable[[], str] | None = None) -> None:
+        """detail: asked for more whenever a line is shown."""
+        self._what, self._unit, self._detail = what, unit, detail
         self._terminal = sys.stderr.isatty()
         self._begin = time.perf_counter()
         self._next = self._begin + QUIET_S
         self._shown = False
 
-    def update(self, done: int, total: int) -> None:
-        """So much is done of so much; at the end the line is taken back."""
+    def update(self, done: int, total: int | None) -> None:
+        """So much is done of so much, if that is known; at the end the line is taken back."""
         now = time.perf_counter()
-        if done >= total and self._shown and self._terminal:
+        if total is not None and done >= total:
+            self.close()
+        elif now >= self._next:
+            self._next = now + SECONDS_BETWEEN[not self._terminal]
+            self._shown = True
+            line = f"minillm: {self._what} {self._progress(done, total, done / (now - self._begin))}"
+            line += "" if self._detail is None else f", {self._detail()}"
+            print(
+                f"\r{line}\x1b[K" if self._terminal else line,
+                end="" if self._terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Take the line back."""
+        if self._shown and self._terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        if done >= total or now < self._next:
-            return
-        self._next = now + SECONDS_BETWEEN[not self._terminal]
-        self._shown = True
-        rate = done / (now - self._begin)
+        self._shown = False
+
+    def _progress(self, done: int, total: int | None, rate: float) -> str:
+        """So much of so much, how fast, and how long it will take."""
         if self._unit == "bytes":
-            amount, speed = f"{size(done)} of {size(total)}", f"{size(rate)}/s"
+            amount, whole, speed = size(done), "" if total is None else f" of {size(total)}", f"{size(rate)}/s"
         else:
-            amount, speed = f"{done:,} of {total:,} {self._unit}", f"{rate:,.0f} {self._unit}/s"
-        left = (total - done) / rate if rate > 0 else 0.0
-        line = f"minillm: {self._what} {amount}, {speed}, {left:.0f} s left"
-        print(
-            f"\r{line}\x1b[K" if self._terminal else line,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+            whole = "" if total is None else f" of {total:,}"
+            amount, whole, speed = f"{done:,}", f"{whole} {self._unit}", f"{rate:,.0f} {self._unit}/s"
+        left = "" if total is None else f", {(total - done) / rate if rate > 0 else 0:.0f} s left"
+        return f"{amount}{whole}, {speed}{left}"

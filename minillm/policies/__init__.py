@@ -6,15 +6,34 @@ from dataclasses import fields
 
 from ..errors import ConfigError
 from ..eviction import EvictionPolicy
+from .exact import Exact
+from .fastgen import FastGen
 from .full import Full
+from .h2o import H2O
 from .hashevict import HashEvict, HashEvictKey
+from .keydiff import KeyDiff
+from .l2 import L2
+from .random import Random
+from .scissorhands import Scissorhands
+from .snapkv import SnapKV
+from .tova import Tova
 from .window import Window
 
-POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Full, Window, HashEvict, HashEvictKey)}
+Option = int | float | str
+
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    policy.name: policy
+    for policy in (
+        *(Full, Window, HashEvict, HashEvictKey),
+        *(Random, L2, KeyDiff, Exact),  # neither queries' past nor attention
+        *(H2O, Scissorhands, Tova, SnapKV, FastGen),  # attention
+    )
+}
+_SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
 
-def make_policy(name: str, **options: int | None) -> EvictionPolicy:
-    """The policy called `name`; options that are None keep the policy's default.
+def make_policy(name: str, **options: Option | None) -> EvictionPolicy:
+    """The policy called `name`; options that are None keep the policy's default, text is read as the option's type.
 
     Raises ConfigError for an unknown name, for an option the policy does not have, and for a value out of range.
     """
@@ -22,10 +41,21 @@ def make_policy(name: str, **options: int | None) -> EvictionPolicy:
         raise ConfigError(f"unknown policy '{name}'; choose one of {', '.join(POLICIES)}")
     policy = POLICIES[name]
     given = {option: value for option, value in options.items() if value is not None}
-    known = {field.name for field in fields(policy)}  # type: ignore[arg-type]  # every policy is a dataclass
-    if unknown := set(given) - known:
+    types = {field.name: str(field.type) for field in fields(policy)}  # type: ignore[arg-type]  # all are dataclasses
+    if unknown := set(given) - set(types):
         raise ConfigError(
             f"policy '{name}' has no option {', '.join(sorted(unknown))}; "
-            f"it has {', '.join(sorted(known)) if known else 'none'}"
+            f"it has {', '.join(sorted(types)) if types else 'none'}"
         )
-    return policy(**given)
+    return policy(**{option: _read(option, value, types[option]) for option, value in given.items()})
+
+
+def _read(option: str, value: Option, kind: str) -> Option:
+    """A value as the type that a policy declares: int, float or bool."""
+    try:
+        if kind == "bool":
+            return _SWITCH[str(value).lower()]
+        return int(str(value)) if kind == "int" else float(value)
+    except (ValueError, KeyError):
+        wanted = {"bool": "true or false", "int": "a whole number"}.get(kind, "a number")
+        raise ConfigError(f"policy option {option} must be {wanted}, not {value!r}") from None

@@ -1,7 +1,7 @@
 """`window`: attention sinks and a sliding window.
 
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (StreamingLLM), arXiv 2309.17453.  Positions are
-not re-numbered inside the cache here: a token keeps the RoPE angle of its place in the text.
+not re-numbered inside the cache here: a token keeps the RoPE angle of its place in the text (see --positions).
 """
 
 from __future__ import annotations

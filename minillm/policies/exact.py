@@ -1,0 +1,28 @@
+"""`exact`: the true q . k of the current query, where HashEvict has an estimate from hash bits.
+
+What infinitely many bits, and norms, would give: the rule to hold the hash against.  It reads every key, which is what
+hashing avoids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..cache import LayerCache
+from ..eviction import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class Exact(EvictionPolicy):
+    """The lowest q . k goes first, summed over the G query heads of the KV head."""
+
+    name: ClassVar[str] = "exact"
+
+    def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
+        """The sum of q . k over the group: [B, Hkv, S]."""
+        summed = query.unflatten(1, (key.shape[1], -1)).sum(2).unsqueeze(3)  # [B, Hkv, D, 1]
+        products: Tensor = layer.dense(None, query.dtype)[0] @ summed  # [B, Hkv, S, 1]
+        return products.squeeze(-1)

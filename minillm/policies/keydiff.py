@@ -1,0 +1,30 @@
+"""`keydiff`: keep keys that are unlike the others, judged by the angle to their mean.
+
+Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained
+Environments", arXiv 2504.15364.  The strongest rule here that sees neither queries nor attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..cache import LayerCache
+from ..eviction import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class KeyDiff(EvictionPolicy):
+    """The key most similar to the mean of the normalised keys in the cache goes first."""
+
+    name: ClassVar[str] = "keydiff"
+
+    def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
+        """Minus the cosine to the mean, up to its length, which is the same for all slots: [B, Hkv, S]."""
+        directions = normalize(layer.dense(None, query.dtype)[0], dim=-1)  # [B, Hkv, S, D]
+        live = (layer.positions >= 0).to(directions.dtype).unsqueeze(2)  # [B, Hkv, 1, S]
+        total = live @ directions  # [B, Hkv, 1, D]: the mean, but for its length
+        return -(directions @ total.transpose(2, 3)).squeeze(-1)

@@ -1,0 +1,337 @@
+"""One sequence that lives in an LLM's one bounded cache: it grows, and can be saved, restored, copied and rewound.
+
+    session = llm.session(temperature=0.8, seed=1)
+    session.append("Once upon a time")
+    print(session.generate(max_tokens=20).finish().text)
+    session.save("story.session")
+
+Invariant: between two calls everything but the last token of the sequence is in the cache, and that one is `pending`
+(none is after a token that ended an answer, which is never fed).  So drawing 10 tokens twice is drawing 20, whatever
+was saved, restored or copied in between.  This module must not know the format of a saved file (snapshot.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import MAX_POSITION, NOTHING
+from .errors import PromptError, SamplingError, SessionError
+from .eviction import PINNED
+from .fingerprint import check_fingerprint, fingerprint
+from .generate import Pins, feed
+from .results import Usage
+from .sampling import Sampler, SamplingParams
+from .snapshot import Snapshot, open_snapshot, save_snapshot, snapshot_bytes, specs_of
+from .stream import Progress, Stream, collect, overlap
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+Prompt = str | Iterator[str] | Iterator[Tensor] | Sequence[int] | Tensor
+NUMBERS, NOTES = "session.numbers", "session.notes"
+NOTES_BLOCK = 4096  # bytes: notes are padded to a multiple of it
+
+
+class Session:
+    """A sequence of tokens.  A newer request on the same LLM takes the cache over: going on with this one then raises
+    PromptError, and only `load` brings back what was saved of it.
+    """
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        """The cache is taken over when the first tokens come."""
+        self.llm = llm
+        self.sampler = self._new_sampler(params)
+        self.params = replace(params, seed=self.sampler.seed)
+        self.notes: dict[str, Any] = {}  # what else is to be saved: anything that JSON can carry
+        self.pending: list[int] = []  # the last token of the sequence, while it is not in the cache
+        self.pending_pinned = False
+        self.pinned = 0  # tokens that were fed and pinned
+        self.latest: object = None  # what `llm.owner` is as long as the cache holds this session; None: an empty one
+
+    @property
+    def seen(self) -> int:
+        """Tokens fed so far."""
+        return 0 if self.latest is None else self.llm.cache.seen[0]
+
+    def usage(self) -> Usage:
+        """What the cache has seen of the session, and keeps; prompt and completion are those of the last answer."""
+        self._require_cache()
+        if self.latest is None:
+            return Usage(0, 0, 0, 0, 0, (0, 0), [], None)
+        last = self.latest if isinstance(self.latest, Stream) else None
+        prompt, completion = (last.prompt_tokens, last.completion_tokens) if last else (0, 0)
+        return Usage.of(self.llm.cache, prompt=prompt, completion=completion)
+
+    def use(self, params: SamplingParams) -> None:
+        """Draw by other rules from here on.  What was drawn still counts; the draws begin again if the seed is new."""
+        sampler, state = self._new_sampler(params), self.sampler.state()
+        if params.seed is None:
+            sampler.seed = self.sampler.seed
+        elif params.seed != self.sampler.seed:
+            state["generator"] = sampler.state()["generator"]
+        sampler.restore_(state)
+        self.sampler, self.params = sampler, replace(params, seed=sampler.seed)
+
+    @torch.inference_mode()
+    def append(self, prompt: Prompt, *, pin: bool = False, progress: Progress | None = None) -> None:
+        """Read text or token ids at once, and draw nothing; pin: never evict them.
+
+        Raises BudgetError for more pins than slots, ContextFullError where the tokens do not fit, PromptError.
+        """
+        self._require_cache()
+        llm, tokens = self.llm, self.whole(prompt)  # [n]
+        pins = self.shifted([(0, len(tokens))] if pin else [])
+        tokens = torch.cat((torch.tensor(self.pending, dtype=torch.int32), tokens))
+        self.require_room(len(tokens), pins)
+        if self.latest is None:
+            llm.cache.reset()
+        self.latest, llm.owner = object(), None  # cut off in the middle, the cache belongs to nobody
+        fed = 0
+        for piece, _ in feed(llm.model, llm.cache, tokens[None, :-1], llm.chunk, pins):  # [1, T]
+            self.sampler.observe_prompt(piece[0])
+            fed += piece.shape[1]
+            if progress is not None:
+                progress(fed, len(tokens))
+        self.pinned += overlap(pins, 0, fed)
+        self.pending, self.pending_pinned = tokens[-1:].tolist(), overlap(pins, fed, fed + 1) > 0
+        self.sampler.restart()
+        llm.owner = self.latest
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] | None = None,
+        pin: bool = False,
+        progress: Progress | None = None,
+    ) -> Stream:
+        """Read a prompt and answer it; without one, go on with what was appended or drawn last.
+
+        pin: never evict the prompt.  max_tokens, stop: instead of those of the session's parameters.
+        Raises BudgetError for more pins than slots, ContextFullError where the tokens do not fit, PromptError.
+        """
+        given = {"max_tokens": max_tokens, "stop": stop}
+        params = replace(self.params, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        if pin and prompt is not None:
+            tokens = self.whole(prompt)
+            return self.stream(tokens, params, pins=[(0, len(tokens))], progress=progress)
+        return self.stream(None if prompt is None else self.encode(prompt), params, progress=progress)
+
+    def stream(
+        self,
+        tokens: Tensor | Iterator[Tensor] | None,
+        params: SamplingParams | None = None,
+        *,
+        pins: Pins = (),
+        continuation: bool = True,
+        length: int | None = None,
+        progress: Progress | None = None,
+    ) -> Stream:
+        """Answer tokens [n], or pieces of them; None goes on.  See Stream for the options."""
+        self._require_cache()
+        if tokens is None and not self.pending:
+            raise PromptError(
+                "there is nothing to go on from, the last answer has ended or none has begun: give a prompt"
+            )
+        stream = Stream(
+            self, tokens, params or self.params, pins=pins, continuation=continuation, length=length, progress=progress
+        )
+        if self.latest is None:
+            self.llm.cache.reset()
+        if tokens is not None:
+            self.sampler.restart()
+        self.latest = self.llm.owner = stream
+        return stream
+
+    def encode(self, prompt: Prompt) -> Tensor | Iterator[Tensor]:
+        """Text as it is, or ids, or pieces of either -> token ids [n] int32, or pieces of them.
+
+        BOS comes only where the session begins, and text goes on right behind what was there.  Raises PromptError.
+        """
+        llm, beginning = self.llm, self.seen == 0 and not self.pending
+        if not isinstance(prompt, (str, Iterator)):
+            return llm._ids(prompt)
+        pieces = iter([prompt]) if isinstance(prompt, str) else prompt
+        first = next(pieces, "")
+        whole = chain([first], pieces)
+        if isinstance(first, str):
+            tokens = llm.checkpoint.tokenizer.encode_pieces(whole, bos=beginning, continuation=not beginning)  # type: ignore[arg-type]
+        else:
+            tokens = map(llm._ids, whole)  # type: ignore[arg-type]
+        some = next(tokens, None)
+        if some is None:
+            raise PromptError("the prompt is empty: give some text")
+        tokens = chain([some], tokens)
+        return collect(tokens, MAX_POSITION) if isinstance(prompt, str) else tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of the file that `save` writes, known before a token is fed."""
+        return snapshot_bytes(specs_of(self._cache_tensors() | self._small_tensors()), self._fingerprint())
+
+    @torch.inference_mode()
+    def save(self, path: str | Path) -> None:
+        """Write everything that the future of the session depends on to a file, at once or not at all.
+
+        Raises SessionError where it cannot be written, PromptError where the cache holds another request.
+        """
+        self._require_cache()
+        if self.latest is None:
+            self.llm.cache.reset()
+            self.latest = self.llm.owner = object()
+        for layer in self.llm.cache.layers:  # what was evicted, or left by another request, is nobody's business
+            empty = layer.positions == NOTHING  # [B, Hkv, S]
+            for name in ("keys", "values", "scales", "flags", *layer.slot_state):
+                tensor = layer.tensors().get(name)
+                if tensor is not None:
+                    tensor.masked_fill_(empty.view(*empty.shape, *[1] * (tensor.ndim - 3)), 0)
+        save_snapshot(Path(path), self._cache_tensors() | self._small_tensors(), self._fingerprint())
+
+    @torch.inference_mode()
+    def load(self, path: str | Path) -> None:
+        """Go on as the session that was saved, with its sampling parameters; what was in the cache is lost.
+
+        Raises SessionError, naming every setting that differs, if the file is not from the very same model, cache and
+        machine, or is damaged; what was in the cache is then untouched.
+        """
+        llm, tensors = self.llm, self._cache_tensors()
+        with open_snapshot(Path(path)) as snapshot:
+            check_fingerprint(snapshot.path, snapshot.metadata, self._fingerprint())
+            small = self._small_tensors() | {NOTES: torch.empty(snapshot.length(NOTES), dtype=torch.uint8)}
+            small = {name: torch.empty_like(tensor) for name, tensor in small.items()}
+            snapshot.require(specs_of(tensors | small))
+            snapshot.fill_(small)
+            sampler, notes = self._read_notes(snapshot, small)
+            llm.owner = None  # a disk that fails now leaves a cache that belongs to nobody
+            snapshot.fill_(tensors)
+        self.sampler, self.params, self.notes = sampler, sampler.params, notes
+        self._set_numbers(small[NUMBERS])
+
+    @torch.inference_mode()
+    def fork(self) -> Session:
+        """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more."""
+        self._require_cache()
+        llm = copy(self.llm)
+        llm.cache, llm.owner = llm.plan.allocate(llm.checkpoint.device), None
+        llm.cache.kinds = self.llm.cache.kinds
+        other = Session(llm, self.params)
+        other.notes = dict(self.notes)
+        other.sampler.restore_(self.sampler.state())
+        if self.latest is not None:
+            for mine, theirs in zip(self._cache_tensors().values(), other._cache_tensors().values(), strict=True):
+                theirs.copy_(mine)
+            other._set_numbers(self._small_tensors()[NUMBERS])
+        return other
+
+    @torch.inference_mode()
+    def rewind(self, tokens: int) -> None:
+        """Forget the last tokens, of prompt or answer; a new prompt has to follow.  The sampler is not turned back.
+
+        Raises SessionError where what was there before cannot be had back.
+        """
+        self._require_cache()
+        plan, keep = self.llm.plan, self.seen + len(self.pending) - tokens
+        way_back = "restore a session that was saved before"
+        if tokens < 0 or keep < 0:
+            raise SessionError(f"cannot rewind {tokens:,} of {keep + tokens:,} tokens: name a number in between")
+        if self.seen > plan.retention.slots:
+            raise SessionError(f"cannot rewind: of {self.seen:,} tokens some have been evicted; {way_back}")
+        if plan.policy.needs_queries or plan.policy.needs_attention:
+            raise SessionError(
+                f"cannot rewind: policy '{plan.policy.name}' remembers queries that came after; {way_back}"
+            )
+        if tokens == 0:
+            return
+        self.pending, self.pending_pinned = [], False
+        if self.latest is not None:
+            for layer in self.llm.cache.layers:
+                layer.positions.masked_fill_(layer.positions >= keep, NOTHING)
+            self.llm.cache.seen = [keep]
+            first = self.llm.cache.layers[0]  # nothing was evicted: all heads of all layers hold the same
+            self.pinned = int(((first.flags[0, 0] & PINNED > 0) & (first.positions[0, 0] >= 0)).sum())
+            self.latest = self.llm.owner = object()
+
+    def shifted(self, pins: Pins) -> Pins:
+        """Pins of a prompt as pins of what is fed: the pending token comes first."""
+        shift = len(self.pending)
+        first = [(0, 1)] if self.pending_pinned else []
+        return [*first, *((start + shift, stop + shift) for start, stop in pins)]
+
+    def require_room(self, tokens: int, pins: Pins) -> int:
+        """Tokens that may still be fed; raises ContextFullError or BudgetError if these do not fit."""
+        self.llm.plan.require_pins(self.pinned + overlap(pins, 0, MAX_POSITION))
+        return self.llm.plan.require_room(tokens, self.seen)
+
+    def whole(self, prompt: Prompt) -> Tensor:
+        """`encode`, in one tensor [n]."""
+        tokens = self.encode(prompt)
+        return tokens if isinstance(tokens, Tensor) else collect(tokens, MAX_POSITION)
+
+    def _require_cache(self) -> None:
+        if self.latest is not None and self.llm.owner is not self.latest:
+            raise PromptError(
+                "another request has used this LLM's cache, or was cut off in it: the session or conversation in it is "
+                "gone; load it from a file, or begin again"
+            )
+
+    def _new_sampler(self, params: SamplingParams) -> Sampler:
+        checkpoint = self.llm.checkpoint
+        return Sampler(params, checkpoint.config.vocab_size, self.llm.real_vocab, checkpoint.eos_ids, checkpoint.device)
+
+    def _fingerprint(self) -> dict[str, str]:
+        llm = self.llm
+        layer: Any = llm.model.model.layers[0]
+        return fingerprint(
+            llm.checkpoint.digest,
+            llm.plan,
+            device=llm.checkpoint.device,
+            backend=layer.self_attn.attend.__module__.rpartition(".")[2],
+            chunk=llm.chunk,
+        )
+
+    def _cache_tensors(self) -> dict[str, Tensor]:
+        """All of the cache that varies, by name."""
+        cache = self.llm.cache
+        return {
+            f"layers.{layer.index}.{name}": tensor
+            for layer in cache.layers
+            for name, tensor in layer.tensors().items()
+            if name not in cache.fixed
+        }
+
+    def _small_tensors(self) -> dict[str, Tensor]:
+        """The rest: numbers, the sampler, and notes as JSON."""
+        numbers = [self.seen, *(self.pending or [NOTHING]), int(self.pending_pinned), self.pinned]
+        text = json.dumps({"params": self.params.to_json(), "notes": self.notes}).encode()
+        text += b" " * (-len(text) % NOTES_BLOCK)
+        return {
+            NUMBERS: torch.tensor(numbers),  # [4] int64
+            NOTES: torch.frombuffer(bytearray(text), dtype=torch.uint8),  # [bytes]
+            **{f"sampler.{name}": tensor for name, tensor in self.sampler.state().items()},
+        }
+
+    def _read_notes(self, snapshot: Snapshot, small: dict[str, Tensor]) -> tuple[Sampler, dict[str, Any]]:
+        try:
+            found = json.loads(bytes(small[NOTES].tolist()))
+            sampler = self._new_sampler(SamplingParams.from_json(found["params"]))
+            sampler.restore_({name: small[f"sampler.{name}"] for name in sampler.state()})
+            return sampler, dict(found["notes"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SamplingError) as error:
+            raise SessionError(f"{snapshot.path} was not written by minillm: its notes say {error!r}") from error
+
+    def _set_numbers(self, numbers: Tensor) -> None:
+        """Take over the cache, whose tensors have just been filled."""
+        seen, pending, pinned, self.pinned = numbers.tolist()
+        self.pending, self.pending_pinned = [] if pending == NOTHING else [pending], bool(pinned)
+        self.llm.cache.seen = [seen]
+        self.latest = self.llm.owner = object()
