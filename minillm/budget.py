@@ -125,9 +125,7 @@ def layer_slots(shape: str | Sequence[float], slots: int, layers: int, whole: in
     else:
         weights = [float(weight) for weight in shape]
     if len(weights) != layers or not all(0 < weight < math.inf for weight in weights):
-        raise BudgetError(
-            f"a layer budget needs one positive weight for each of {layers} layers, not {list(weights)}"
-        )
+        raise BudgetError(f"a layer budget needs one positive weight for each of {layers} layers, not {list(weights)}")
     # Rounded so that the sum is exact: what is cut off goes to the layers that lost most.
     shares = [weight / sum(weights) * total for weight in weights]
     found = [max(1, math.floor(share)) for share in shares]
@@ -176,7 +174,7 @@ class CachePlan:
         evict_every: int | None = None,
         layer_budget: str | Sequence[float] = "uniform",
         kv_dtype: str = "auto",
-        positions: PositionMode = "absolute",
+        positions: PositionMode | None = None,
         on_overflow: Overflow = "evict",
         **policy_options: Option | None,
     ) -> CachePlan:
@@ -185,7 +183,8 @@ class CachePlan:
         policy: by name; the default is `full` where everything is kept and `hashevict` where not.
         layer_budget: how the slots are shared out among the layers, see `layer_slots`.
         kv_dtype: "auto" stores keys and values in the model's dtype, "int8" in 8 bits.
-        positions: "absolute", or "window" where the trained length is to be a sliding window, see KVCache.
+        positions: "window" makes the trained length a sliding window, "absolute" extrapolates beyond it, see KVCache;
+        the default is "window" for policies that evict, and "absolute" for `full`, which sees all that it keeps.
         on_overflow: what a token that does not fit means: "evict" another, "warn" the first time, or "error".
 
         Raises BudgetError, ConfigError.
@@ -194,13 +193,14 @@ class CachePlan:
             raise BudgetError(f"--context must be at least 1 token, not {whole}")
         for option, value, known in (
             ("kv-dtype", kv_dtype, ("auto", "int8")),
-            ("positions", positions, ("absolute", "window")),
+            ("positions", positions, ("absolute", "window", None)),
             ("on-overflow", on_overflow, ("evict", "warn", "error")),
         ):
             if value not in known:
-                raise ConfigError(f"--{option} is {value!r}; choose one of {', '.join(known)}")
+                raise ConfigError(f"--{option} is {value!r}; choose one of {', '.join(filter(None, known))}")
         budget = Budget.of(budget)
         rule = make_policy(policy or ("full" if budget.keeps_everything else "hashevict"), **policy_options)
+        positions = positions or ("window" if rule.evicts else "absolute")
         int8, layers = kv_dtype == "int8", config.num_hidden_layers
 
         def bytes_of(slots: int) -> int:
@@ -210,9 +210,7 @@ class CachePlan:
             return sum(cache_bytes(config, rule, layouts, rows=rows, dtype=dtype, int8=int8).values())
 
         retentions = tuple(
-            Retention.of(
-                slots, sinks=sinks, recent=recent, evict_every=evict_every, recent_share=rule.recent_share
-            )
+            Retention.of(slots, sinks=sinks, recent=recent, evict_every=evict_every, recent_share=rule.recent_share)
             for slots in layer_slots(layer_budget, budget.slots(whole, bytes_of), layers, whole)
         )
         return cls(config, budget, whole, rule, retentions, rows, dtype, int8, positions, on_overflow)

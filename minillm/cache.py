@@ -290,8 +290,12 @@ class KVCache:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
 
     def live(self, row: int = 0) -> Tensor:
-        """Tokens that a row keeps: [L, Hkv] int64 on the CPU.  Reads the device: once per answer, not per token."""
-        return torch.stack([(layer.positions[row] >= 0).sum(-1) for layer in self.layers]).cpu()  # [L, Hkv]
+        """Tokens of a row that its last token sees: [L, Hkv] int64 on the CPU.
+
+        What lies outside a sliding window counts as gone.  Reads the device: once per answer, not per token.
+        """
+        last = torch.tensor([[seen - 1] for seen in self.seen], device=self.device)  # [B, 1]
+        return torch.stack([layer.can_see(last)[row, :, 0].sum(-1) for layer in self.layers]).cpu()  # [L, Hkv]
 
     def kept(self, row: int = 0) -> float:
         """Live slots of a row, averaged over layers and KV heads."""
@@ -299,13 +303,13 @@ class KVCache:
 
     def oldest(self, row: int = 0) -> int | None:
         """The oldest position kept anywhere outside the sinks; None where there is none.  Reads the device."""
-        beyond = torch.iinfo(torch.int32).max
-        found = [
-            torch.where(layer.positions[row] >= layer.retention.sinks, layer.positions[row], beyond).amin()
-            for layer in self.layers
-        ]
+        last = torch.tensor([[seen - 1] for seen in self.seen], device=self.device)  # [B, 1]
+        found = []
+        for layer in self.layers:
+            kept = layer.can_see(last)[row, :, 0] & (layer.positions[row] >= layer.retention.sinks)  # [Hkv, S]
+            found.append(torch.where(kept, layer.positions[row], MAX_POSITION).amin())
         oldest = int(torch.stack(found).amin())
-        return None if oldest == beyond else oldest
+        return None if oldest == MAX_POSITION else oldest
 
 
 def query_block(config: ModelConfig, retention: Retention, rows: int) -> int:

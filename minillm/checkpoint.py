@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import hub, loader
+from . import fingerprint, hub, loader
 from .budget import Budget, CachePlan
 from .chat import ChatTemplate
 from .config import ModelConfig
@@ -76,6 +76,11 @@ class Checkpoint:
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends an answer: those of both config files and of the tokenizer."""
         return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that tell these weights from others; reads a little of them."""
+        return fingerprint.model_digest(self.folder, self.config)
 
     @property
     def default_context(self) -> int:

@@ -6,7 +6,8 @@
     ├── ModelNotFoundError       a model name that leads to no folder, or a hub that cannot be reached
     │   └── GatedModelError      ... whose licence has to be accepted first
     ├── BudgetError              a budget, context or cache layout that cannot be
-    │   └── ContextFullError     a sequence that does not fit a cache that may not evict
+    │   ├── ContextFullError     a sequence that does not fit a cache that may not evict
+    │   └── MemoryPromiseError   a process that holds more memory than it was promised to
     ├── PromptError              an unusable prompt: empty, not UTF-8, token ids out of range
     │   └── TemplateError        a chat template that is absent, fails, or exceeds its limits
     ├── SamplingError            sampling parameters that contradict each other or are out of range
@@ -43,6 +44,10 @@ class BudgetError(MinillmError):
 
 class ContextFullError(BudgetError):
     """A sequence longer than a cache that never evicts."""
+
+
+class MemoryPromiseError(BudgetError):
+    """More memory in use than the plan promised: the run has stopped."""
 
 
 class PromptError(MinillmError):

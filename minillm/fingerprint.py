@@ -64,7 +64,7 @@ def fingerprint(model: str, plan: CachePlan, *, device: torch.device, backend: s
 def check_fingerprint(path: Path, saved: Mapping[str, str], ours: Mapping[str, str]) -> None:
     """Raise SessionError, naming every field that differs with both values."""
     differing = [
-        f"{name} {saved.get(name, 'unknown')} (here {ours.get(name, 'unknown')})"
+        f"{name} {saved.get(name, 'none')} (here {ours.get(name, 'none')})"
         for name in {**ours, **saved}
         if saved.get(name) != ours.get(name)
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -27,9 +28,8 @@ from .hub import EMBEDDED
 from .model import Transformer
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
+from .session import Prompt, Session
 from .stream import Progress, Stream, collect, target_logprobs
-
-Prompt = str | Iterator[str] | Iterator[Tensor] | Sequence[int] | Tensor
 
 
 class LLM:
@@ -109,14 +109,13 @@ class LLM:
             tokens = self._pieces(prompt, raw=raw, system=system)
         else:
             tokens = self._ids(prompt)
-        return Stream(
-            self,
-            tokens,
-            self._params(params, sampling),
-            length=length,
-            progress=progress,
-            continuation=raw or self.checkpoint.template is None,
+        return self.session(params, **sampling).stream(
+            tokens, length=length, progress=progress, continuation=raw or self.checkpoint.template is None
         )
+
+    def session(self, params: SamplingParams | None = None, **sampling: object) -> Session:
+        """A sequence that is fed, continued, saved and restored piece by piece; parameters as in `stream`."""
+        return Session(self, self._params(params, sampling))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **sampling: object) -> Result:
         """Answer a conversation, given whole, from an empty cache.  `Conversation` is one that lives in the cache."""
@@ -124,7 +123,7 @@ class LLM:
         if template is None:
             raise PromptError(f"{self.checkpoint.name} has no chat template; use generate, which continues plain text")
         tokens = self._ids(self.checkpoint.tokenizer.encode(template.render(messages), bos=False))
-        return Stream(self, tokens, self._params(params, sampling)).finish()
+        return self.session(params, **sampling).stream(tokens, continuation=False).finish()
 
     def encode(self, text: str | Iterable[str], *, raw: bool = False, system: str | None = None) -> Tensor:
         """Token ids [n] int32 of a prompt, as `generate` feeds it.
@@ -177,9 +176,7 @@ class LLM:
         """Ids that mean something: rows of the output projection beyond the tokenizer's are padding."""
         return min(self.checkpoint.tokenizer.vocab_size, self.checkpoint.config.vocab_size)
 
-    def _pieces(
-        self, prompt: Iterator[str] | Iterator[Tensor], *, raw: bool, system: str | None
-    ) -> Iterator[Tensor]:
+    def _pieces(self, prompt: Iterator[str] | Iterator[Tensor], *, raw: bool, system: str | None) -> Iterator[Tensor]:
         """Pieces of token ids, out of pieces of ids or of text."""
         first = next(prompt, "")
         if isinstance(first, str):
@@ -238,48 +235,82 @@ def encode_prompt(
 class Conversation:
     """A conversation that lives in an LLM's one bounded cache: only what is new is fed, and memory never grows.
 
-    Without a chat template the text is fed as it is, and the model goes on with it.
+    Without a chat template, or `raw`, the text is fed as it is, and the model goes on with it.
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None) -> None:
-        if system is not None and llm.checkpoint.template is None:
-            raise PromptError("a system message needs a chat template, and this model has none")
-        self.llm, self.system = llm, system
-        self._last: Stream | None = None
+    def __init__(self, llm: LLM, *, system: str | None = None, pin_system: bool = False, raw: bool = False) -> None:
+        """pin_system: never evict what stands before the first message."""
+        self.template = None if raw else llm.checkpoint.template
+        if (system is not None or pin_system) and self.template is None:
+            raise PromptError("a system message needs a chat template, and this model has none (or raw turns it off)")
+        if pin_system and system is None:
+            raise PromptError("there is no system message to pin: give one, or leave pin_system out")
+        self.llm, self.system, self.pin_system = llm, system, pin_system
+        self.reset()
 
     def reset(self) -> None:
         """Start again, with the same system message."""
-        self._last = None
+        self.session = self.llm.session()
 
     def usage(self) -> Usage:
         """What the cache has seen of the conversation, and keeps."""
-        if self._last is None:
-            return Usage(0, 0, 0, 0, 0, (0, 0), [], None)
-        return Usage.of(self.llm.cache, prompt=self._last.prompt_tokens, completion=self._last.completion_tokens)
+        return self.session.usage()
 
     def send(
-        self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **sampling: object
+        self,
+        text: str | Iterator[str],
+        params: SamplingParams | None = None,
+        *,
+        pin: bool = False,
+        progress: Progress | None = None,
+        **sampling: object,
     ) -> Stream:
-        """Feed one user message, and stream the answer; arguments as in `LLM.stream`."""
-        llm, checkpoint = self.llm, self.llm.checkpoint
-        if self._last is None:
-            tokens = llm.encode(text, system=self.system)
-        else:
-            if llm.owner is not self._last:
-                raise PromptError("another request has used this LLM's cache: the conversation in it is gone; reset it")
-            turn = (
-                text
-                if checkpoint.template is None
-                else checkpoint.template.render_turn({"role": "user", "content": text}, system=self.system)
-            )
-            new = checkpoint.tokenizer.encode(turn, bos=False)
-            tokens = torch.tensor([*self._last.unfed(), *new], dtype=torch.int32)  # [n]
-        self._last = Stream(
-            llm,
-            tokens,
-            llm._params(params, sampling),
-            after=self._last,
-            continuation=checkpoint.template is None,
-            progress=progress,
-        )
-        return self._last
+        """Feed one user message, given whole or in pieces, and stream the answer; arguments as in `LLM.stream`.
+
+        pin: never evict the message.
+        """
+        session, begins = self.session, self.session.seen == 0
+        params, tokens, pins = self.llm._params(params, sampling), self._encode(text), []
+        if pin or (begins and self.pin_system):
+            tokens = tokens if isinstance(tokens, Tensor) else collect(tokens, MAX_POSITION)  # [n]
+            opening = self._opening(tokens) if begins else 0
+            pins = [(0, opening)] if begins and self.pin_system else []
+            pins += [(opening, len(tokens))] if pin else []
+        session.use(params)
+        return session.stream(tokens, pins=pins, continuation=self.template is None, progress=progress)
+
+    def go_on(self, params: SamplingParams | None = None, **sampling: object) -> Stream:
+        """Continue the last answer where it was cut off."""
+        self.session.use(self.llm._params(params, sampling))
+        return self.session.stream(None)
+
+    def save(self, path: str | Path) -> None:
+        """See Session.save."""
+        self.session.notes = {"system": self.system, "pin_system": self.pin_system}
+        self.session.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """See Session.load; the system message is the saved one."""
+        self.session.load(path)
+        notes = self.session.notes
+        self.system, self.pin_system = notes.get("system"), bool(notes.get("pin_system"))
+
+    def _encode(self, text: str | Iterator[str]) -> Tensor | Iterator[Tensor]:
+        """What a message adds to the conversation."""
+        if self.session.seen == 0:
+            if isinstance(text, str):
+                return self.llm.encode(text, raw=self.template is None, system=self.system)
+            return encode_prompt(self.llm.checkpoint, text, raw=self.template is None, system=self.system)
+        if self.template is None:
+            return self.session.encode(text)
+        turn = self.template.render_turn({"role": "user", "content": "".join(text)}, system=self.system)
+        return torch.tensor(self.llm.checkpoint.tokenizer.encode(turn, bos=False), dtype=torch.int32)  # [n]
+
+    def _opening(self, tokens: Tensor) -> int:
+        """How many of the first message's tokens [n] stand before its text: its system message."""
+        if self.system is None or self.template is None:
+            return 0
+        before, _ = self.template.render_around([{"role": "system", "content": self.system}])
+        alone = torch.tensor(self.llm.checkpoint.tokenizer.encode(before, bos=False))  # [m]
+        length = min(len(alone), len(tokens))
+        return int((alone[:length] == tokens[:length]).cumprod(0).sum())  # all but a token that both share

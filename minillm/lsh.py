@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 
-def projection(
-    bits: int, head_dim: int, *, seed: int, layer: int, heads: int = 1, orthogonal: bool = False
-) -> Tensor:
+def projection(bits: int, head_dim: int, *, seed: int, layer: int, heads: int = 1, orthogonal: bool = False) -> Tensor:
     """The Gaussian rows [heads, P, D] of one layer in float32, a function of seed and layer alone.
 
     float32 always: a bfloat16 projection flips bits of vectors that lie near a hyperplane.  orthogonal: every D rows
@@ -46,8 +44,7 @@ _WEIGHTS = {
 
 
 def encode(x: Tensor, rows: Tensor) -> Tensor:
-    """Codes of vectors: x [..., n, D] and rows [..., P, D] -> packed bits [..., n, W], dtype and W as in `code_words`.
-    """
+    """Codes of vectors: x [..., n, D] and rows [..., P, D] -> packed bits [..., n, W], dtype and W as in `code_words`."""
     precise = torch.promote_types(x.dtype, rows.dtype)
     projected: Tensor = x.to(precise) @ rows.to(precise).transpose(-1, -2)  # [..., n, P]
     return pack(projected >= 0)  # [..., n, W]

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
         x = self.embed_tokens(tokens)  # [B, T, hidden]
         rotation, sink_rotation = self._rotation(span.host, x), None
-        if cache.trained is not None:
+        if cache.trained is not None and max(span.first) + span.length > cache.trained:
             # Attention knows distances only.  A query that asks the sinks as if it stood at the last trained position
             # sees them just behind its window: nothing in the cache has to be turned again.
             sink_rotation = self._rotation(span.host.clamp(max=cache.trained - 1), x)

@@ -170,6 +170,7 @@ class Sampler:
         """Whether this token ends the answer: an explicit stop id always does, an eos id unless eos is ignored."""
         return token_id in self._stop_ids
 
+    @torch.inference_mode()
     def restart(self) -> None:
         """Another answer begins: its length and occurrences count from here; what was seen stays seen."""
         self._count = 0
@@ -184,6 +185,7 @@ class Sampler:
             "occurrences": self._occurrences,
         }
 
+    @torch.inference_mode()
     def restore_(self, state: Mapping[str, Tensor]) -> None:
         """Go on as the sampler whose `state` this was."""
         self._generator.set_state(state["generator"])

@@ -217,7 +217,6 @@ class Session:
         self.sampler, self.params, self.notes = sampler, sampler.params, notes
         self._set_numbers(small[NUMBERS])
 
-    @torch.inference_mode()
     def fork(self) -> Session:
         """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more."""
         self._require_cache()
@@ -228,8 +227,9 @@ class Session:
         other.notes = dict(self.notes)
         other.sampler.restore_(self.sampler.state())
         if self.latest is not None:
-            for mine, theirs in zip(self._cache_tensors().values(), other._cache_tensors().values(), strict=True):
-                theirs.copy_(mine)
+            with torch.inference_mode():
+                for mine, theirs in zip(self._cache_tensors().values(), other._cache_tensors().values(), strict=True):
+                    theirs.copy_(mine)
             other._set_numbers(self._small_tensors()[NUMBERS])
         return other
 

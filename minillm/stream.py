@@ -6,6 +6,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,11 @@ from .errors import PromptError
 from .generate import Pins, generate
 from .model import Transformer
 from .results import FinishReason, Result, Timings, TokenLogprob, Usage
-from .sampling import Sampler, SamplingParams
+from .sampling import SamplingParams
 from .text import IncrementalDecoder, StopMatcher
 
 if TYPE_CHECKING:
-    from .llm import LLM
+    from .session import Session
 
 Progress = Callable[[int, int | None], None]  # tokens read so far, and in all where that is known
 LOGIT_ROWS = 32  # positions that go through the output projection together: bounds the logits to 32 x V
@@ -32,39 +33,38 @@ class _StoppedInPromptError(Exception):
 class Stream(Iterator[str]):
     """Pieces of an answer's text, as they come.  `.result` may be asked at any time; before the end it says "abort".
 
-    Nothing is computed before the first piece is asked for.  A newer request on the same LLM takes the cache over:
-    going on with this one then raises.
+    Nothing is computed before the first piece is asked for.  A newer request on the same LLM, be it of the same
+    session, takes the cache over: going on with this one then raises.
     """
 
     def __init__(
         self,
-        llm: LLM,
-        prompt: Tensor | Iterator[Tensor],
+        session: Session,
+        prompt: Tensor | Iterator[Tensor] | None,
         params: SamplingParams,
         *,
-        after: Stream | None = None,
         continuation: bool = False,
         pins: Pins = (),
         length: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Feed a prompt, tokens [n] or pieces of an endless one, to an empty cache, or `after` another request.
+        """Feed a session's pending token and a prompt: tokens [n], or pieces of an endless one, or nothing more.
 
+        Raises what `Session.require_room` raises, and nothing has happened then.
         length: tokens of the prompt in all, where it comes in pieces and that is known.
         continuation: the answer goes on with the prompt's text, so a space before its first word is real.
         """
-        checkpoint, seen = llm.checkpoint, 0 if after is None else llm.cache.seen[0]
-        if not isinstance(prompt, Tensor) and not llm.plan.evicts:
-            prompt = collect(prompt, llm.plan.slots - seen + 1)  # enough to know that it does not fit
-        known = len(prompt) if isinstance(prompt, Tensor) else length
-        self.llm, self.prompt, self.params = llm, prompt, params
-        self.sampler = Sampler(
-            params, checkpoint.config.vocab_size, llm.real_vocab, checkpoint.eos_ids, checkpoint.device
-        )
-        room = llm.plan.require_room(known or 1, seen)
-        llm.plan.require_pins(sum(stop - start for start, stop in pins))
-        if after is None:
-            llm.cache.reset()
+        llm, pending = session.llm, torch.tensor(session.pending, dtype=torch.int32)
+        if prompt is None or isinstance(prompt, Tensor):
+            prompt = pending if prompt is None else torch.cat((pending, prompt))
+        else:
+            prompt = chain([pending], prompt)
+            if not llm.plan.evicts:
+                prompt = collect(prompt, llm.plan.slots - session.seen + 1)  # enough to know that it does not fit
+        known = len(prompt) if isinstance(prompt, Tensor) else length and length + len(pending)
+        pins = session.shifted(pins)
+        room = session.require_room(known or 1, pins)
+        self.session, self.llm, self.prompt, self.params, self.sampler = session, llm, prompt, params, session.sampler
         # A cache that may not evict ends the answer when it is full; the last token drawn is never fed.
         self._limit = min(params.max_tokens, room - (known or 0) + 1)
         self._pins, self._progress, self._known = pins, progress, known
@@ -73,12 +73,13 @@ class Stream(Iterator[str]):
         self._prompt_logprobs: list[TokenLogprob | None] = []
         self._before: Tensor | None = None  # the hidden state [1, hidden] before the present chunk of the prompt
         self._stopping = False
-        self._shorter = seen <= checkpoint.config.max_position_embeddings  # than what the model was trained on
+        self._shorter = (
+            session.seen <= llm.checkpoint.config.max_position_embeddings
+        )  # than what the model was trained on
         self.prompt_tokens = 0  # fed so far
         self._started = self._first_at = self._last_at = 0.0
         self._finish: FinishReason = "abort"
-        self._pieces = self._run(checkpoint.tokenizer.stream(continuation=continuation))
-        llm.owner = self
+        self._pieces = self._run(llm.checkpoint.tokenizer.stream(continuation=continuation))
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -97,10 +98,6 @@ class Stream(Iterator[str]):
     def completion_tokens(self) -> int:
         """Tokens drawn so far."""
         return len(self._ids)
-
-    def unfed(self) -> list[int]:
-        """The last token drawn, which the model has not read, unless it ended the answer."""
-        return [] if not self._ids or self.sampler.is_stop(self._ids[-1]) else [self._ids[-1]]
 
     @property
     def result(self) -> Result:
@@ -167,6 +164,7 @@ class Stream(Iterator[str]):
                 self._last_at = time.perf_counter()
                 self._first_at = self._first_at or self._last_at
                 self._ids.append(sample.token_id)
+                self.session.pending = [] if self.sampler.is_stop(sample.token_id) else [sample.token_id]
                 if sample.logprob is not None:
                     self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
                 self._note_length()
@@ -182,14 +180,15 @@ class Stream(Iterator[str]):
 
     def _note_length(self) -> None:
         """Say so once, when the sequence grows longer than those that the model was trained on."""
-        trained = self.llm.checkpoint.config.max_position_embeddings
-        if self.llm.cache.trained is None and self._shorter and self.llm.cache.seen[0] > trained:
+        trained, cache = self.llm.checkpoint.config.max_position_embeddings, self.llm.cache
+        if self._shorter and cache.seen[0] > trained:
+            then = "it extrapolates" if cache.trained is None else "it looks back no further than that"
             warnings.warn(
                 f"the sequence is now longer than the {trained:,} tokens that {self.llm.checkpoint.name} was trained "
-                "for: positions beyond are extrapolated (--positions window never looks further back)",
+                f"for: from here on {then}",
                 stacklevel=2,
             )
-        self._shorter = self.llm.cache.seen[0] <= trained
+        self._shorter = cache.seen[0] <= trained
 
     def _require_cache(self) -> None:
         if self.llm.owner is not self:
@@ -199,7 +198,9 @@ class Stream(Iterator[str]):
 
     def _note_prompt(self, tokens: Tensor, hidden: Tensor) -> None:
         """Look at one chunk of the prompt, tokens [1, T] and hidden states [1, T, hidden]: for what was asked for."""
-        self.prompt_tokens += tokens.shape[1]
+        start, self.prompt_tokens = self.prompt_tokens, self.prompt_tokens + tokens.shape[1]
+        self.session.pinned += overlap(self._pins, start, self.prompt_tokens)
+        self.session.pending, self.session.pending_pinned = [], False
         self._note_length()
         if self.params.repetition_penalty != 1:
             self.sampler.observe_prompt(tokens[0])
@@ -218,6 +219,11 @@ class Stream(Iterator[str]):
             self._progress(self.prompt_tokens, self._known)
         if self._stopping:
             raise _StoppedInPromptError
+
+
+def overlap(pins: Pins, start: int, stop: int) -> int:
+    """How many of the tokens start..stop are pinned."""
+    return sum(max(0, min(stop, last) - max(start, first)) for first, last in pins)
 
 
 def collect(pieces: Iterable[Tensor], enough: int) -> Tensor:

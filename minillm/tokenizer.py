@@ -72,23 +72,29 @@ class Tokenizer:
         """The ids that end a text, as the tokenizer's files say; the model's configuration may name more."""
         return self._eos
 
-    def encode(self, text: str, *, bos: bool) -> list[int]:
+    def encode(self, text: str, *, bos: bool, continuation: bool = False) -> list[int]:
         """Ids of `text`, special tokens written in it recognised.
 
         With `bos`, exactly one BOS stands first if the tokenizer has one; without, only what the text itself says.
+        A `continuation` goes on right behind other text: no space is put first.
         Raises PromptError for text that is not Unicode (lone surrogates).
         """
-        ids = self._window(text, True)[0]
+        ids = self._window(text, not continuation)[0]
         return (self._opening(ids[:2]) if bos else []) + ids
 
-    def encode_pieces(self, pieces: Iterable[str], *, bos: bool, window: int = 32_768) -> Iterator[torch.Tensor]:
+    def encode_pieces(
+        self, pieces: Iterable[str], *, bos: bool, continuation: bool = False, window: int = 32_768
+    ) -> Iterator[torch.Tensor]:
         """The ids `encode` would give for the joined pieces, as int32 tensors of some tokens each, none of them empty.
 
         Looks at about `window` characters at a time, see `text.encode_in_windows`, and holds no more than that.
         """
         import torch  # only here, so that reading a tokenizer does not take a second
 
-        parts = encode_in_windows(self._window, pieces, window=window)
+        def encode(text: str, beginning: bool) -> Encoded:
+            return self._window(text, beginning and not continuation)
+
+        parts = encode_in_windows(encode, pieces, window=window)
         if bos:
             first: list[int] = []
             for part in parts:

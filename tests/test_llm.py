@@ -181,12 +181,12 @@ def test_prompts_that_cannot_be(llm: LLM, prompt: list[int], says: str) -> None:
         llm.generate(prompt)
 
 
-def test_passing_the_trained_length_is_said_once(folder: Path) -> None:
-    llm = LLM.load(str(folder), budget=8)
-    with pytest.warns(UserWarning, match="longer than the 512") as said:
+@pytest.mark.parametrize(("positions", "says"), [("window", "looks back no further"), ("absolute", "extrapolates")])
+def test_passing_the_trained_length_is_said_once(folder: Path, positions: str, says: str) -> None:
+    llm = LLM.load(str(folder), budget=8, positions=positions)
+    with pytest.warns(UserWarning, match=f"longer than the 512 .*{says}") as said:
         llm.generate([5] * 1200, max_tokens=1)
     assert len(said) == 1
-    LLM.load(str(folder), budget=8, positions="window").generate([5] * 1200, max_tokens=1)  # nothing is extrapolated
 
 
 def test_chat_renders_the_template(chat_folder: Path) -> None:

@@ -35,9 +35,7 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_si
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # [B, H, T, D]
 
 
-def attend_slots(
-    layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_sinks: Tensor | None = None
-) -> Tensor:
+def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_sinks: Tensor | None = None) -> Tensor:
     """Queries q [B, H, n, D] at `positions` [B, n] over the first `reach` slots of a layer -> [B, H, n, D].
 
     The softmax is explicit, over the slots only, so that a policy can observe it.

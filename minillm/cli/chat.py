@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MinillmError, PromptError
+from .interrupt import ctrl_c_stops
 from .opening import choose_sampling, load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, add_sampling_options
 from .report import Meter, facts_after, facts_before, remembered, say, size
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from ..llm import Conversation
     from ..sampling import SamplingParams
-    from ..stream import Stream
 
-HELP = "/reset forgets the conversation, /stats shows what is remembered, /quit ends; Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation, /stats shows what is remembered, /save FILE and /load FILE keep and restore it, "
+    "/pin TEXT says what is never to be forgotten, /quit ends; Ctrl-C stops an answer"
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=f"Talk with a model; the conversation lives in one bounded cache. {HELP}.",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message for the chat template")
+    parser.add_argument("--pin-system", action="store_true", help="never evict the system message")
     add_model_options(parser)
     add_cache_options(parser)
     add_sampling_options(parser)
@@ -47,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.system is not None and checkpoint.template is None:
         raise PromptError(f"--system needs a chat template, and {checkpoint.name} has none: leave it out")
+    if args.pin_system and args.system is None:
+        raise PromptError("--pin-system needs a message to pin: add --system TEXT")
     params = choose_sampling(args, checkpoint)
     plan = plan_cache(args, checkpoint, context=None)
     say(facts_before(checkpoint, plan))
-    conversation = Conversation(load(args, checkpoint, plan), system=args.system)
+    conversation = Conversation(load(args, checkpoint, plan), system=args.system, pin_system=args.pin_system)
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  # line editing and history for input()
@@ -59,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         if line.startswith("/"):
             if line == "/quit":
                 break
-            _command(line, conversation)
+            command, _, rest = line.partition(" ")
+            if command == "/pin" and rest.strip():
+                _answer(args, conversation, rest.strip(), params, pin=True)
+            else:
+                _command(command, rest.strip(), conversation)
         elif line:
             _answer(args, conversation, line, params)
     return 0
@@ -77,23 +84,33 @@ def _read_line() -> str | None:
             say("/quit or Ctrl-D ends the conversation")
 
 
-def _command(line: str, conversation: Conversation) -> None:
-    if line == "/reset":
+def _command(command: str, rest: str, conversation: Conversation) -> None:
+    if command in ("/save", "/load") and rest:
+        try:
+            (conversation.save if command == "/save" else conversation.load)(Path(rest).expanduser())
+        except MinillmError as error:
+            say(f"error: {error}")
+            return
+        done = "saved to" if command == "/save" else "goes on from"
+        say(f"the conversation {done} {rest}, {size(conversation.session.nbytes)}; {remembered(conversation.usage())}")
+    elif command == "/reset" and not rest:
         conversation.reset()
         say("the conversation is forgotten")
-    elif line == "/stats":
+    elif command == "/stats" and not rest:
         usage = conversation.usage()
         plan = conversation.llm.plan
         say(f"{remembered(usage)}; {plan.slots:,} slots, {size(plan.nbytes)}, policy {plan.policy.name}")
     else:
-        say(f"unknown command {line}: {HELP}")
+        say(f"unknown command {command} {rest}".rstrip() + f": {HELP}")
 
 
-def _answer(args: argparse.Namespace, conversation: Conversation, line: str, params: SamplingParams) -> None:
+def _answer(
+    args: argparse.Namespace, conversation: Conversation, line: str, params: SamplingParams, *, pin: bool = False
+) -> None:
     """Stream one answer; what goes wrong with one message does not end the conversation."""
     try:
-        stream = conversation.send(line, params, progress=Meter("reading", "tokens").update)
-        with _interruptible(stream):
+        stream = conversation.send(line, params, pin=pin, progress=Meter("reading", "tokens").update)
+        with ctrl_c_stops(stream):
             for piece in stream:
                 if not args.json:
                     print(piece, end="", flush=True)
@@ -108,17 +125,3 @@ def _answer(args: argparse.Namespace, conversation: Conversation, line: str, par
     print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
     if not args.json:
         say(facts_after(result.usage, result.timings))
-
-
-@contextmanager
-def _interruptible(stream: Stream) -> Iterator[None]:
-    """Ctrl-C ends the answer between two tokens, so that the cache stays whole and the conversation goes on."""
-
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        stream.stop()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import PromptError
 from .opening import choose_sampling, load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, add_sampling_options
 from .prompt_text import add_text_options, read_text
 from .report import Meter, facts_after, facts_before, say
+from .resume import run_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_text_options(parser)
     parser.add_argument("--raw", action="store_true", help="feed the text as it is, without the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message for the chat template")
+    parser.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="go on from this file if there is one, with its sampling where no other is named, and save to it at the "
+        "end; no text goes on with the answer (default context: 8,192 or the model's)",
+    )
+    parser.add_argument("--pin-system", action="store_true", help="never evict the system message (with --session)")
     add_model_options(parser)
     add_cache_options(parser)
     add_sampling_options(parser)
@@ -38,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     """Everything that can be wrong with the request is found before the weights are read."""
     text = read_text(args)
     checkpoint = open_checkpoint(args)
+    if args.session is not None:
+        return run_session(args, checkpoint, text)
+    if args.pin_system:
+        raise PromptError("--pin-system is for what goes on: add --session FILE, or use chat")
     params = choose_sampling(args, checkpoint)
     tokens, length = _prompt(args, checkpoint, text)
     whole = None if length is None else length + params.max_tokens

@@ -1,4 +1,4 @@
-"""Ctrl-C while libraries are imported, which takes a second or two."""
+"""Ctrl-C: at once while libraries are imported, between two tokens while an answer is to stay whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ..stream import Stream
 
 
 @contextmanager
@@ -20,6 +26,21 @@ def ctrl_c_ends_at_once() -> Iterator[None]:
         yield  # whoever embeds us has ideas of their own about signals
         return
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ctrl_c_stops(stream: Stream) -> Iterator[None]:
+    """Ctrl-C ends the answer between two tokens, so that the cache stays whole; a second one is the usual exception."""
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stream.stop()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:

@@ -87,8 +87,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--positions",
         choices=("absolute", "window"),
-        default="absolute",
-        help="window: never look further back than the model was trained to (default: absolute)",
+        help="past the trained length: window never looks further back than that, absolute extrapolates (default: "
+        "window; absolute for policy full)",
     )
     group.add_argument(
         "--on-overflow",
