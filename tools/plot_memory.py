@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig
 from minillm.generate import feed
 from minillm.loader import save_checkpoint
+from minillm.memory import held
 from minillm.model import Transformer
 
 MB = 1e6
@@ -61,14 +63,6 @@ def random_checkpoint(folder: Path, *, layers: int, hidden: int) -> None:
     )
     torch.manual_seed(0)
     save_checkpoint(folder, Transformer(config), config)
-
-
-def resident() -> int:
-    """Bytes of this process that are in RAM now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("plot_memory: /proc/self/status has no VmRSS")
 
 
 def minillm_run(args: argparse.Namespace, note: Callable[[int, int], None]) -> None:
@@ -116,7 +110,7 @@ def work(args: argparse.Namespace) -> None:
 
     def note(tokens: int, kv_bytes: int) -> None:
         nonlocal base
-        now = resident()
+        now = held().now
         base = base or now
         samples.append((tokens, kv_bytes, now - base))
 
@@ -151,18 +145,32 @@ def table(runs: dict[str, list[Sample]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: dict[str, list[Sample]], args: argparse.Namespace, description: str) -> None:
-    """Write the picture: no title, labels at the line ends, transparent, in colours that read on white and on black."""
+def start_picture() -> tuple[Any, Any, Any]:
+    """(figure, axes, pyplot): no title, labels at the line ends, transparent, in colours that read on white and black."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    mpl.rcParams.update(
-        {"font.size": 11, "svg.hashsalt": "memory", "text.color": "#808080", "axes.edgecolor": "#808080"}
-    )
-    mpl.rcParams.update({"axes.labelcolor": "#808080", "xtick.color": "#808080", "ytick.color": "#808080"})
+    grey = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")
+    mpl.rcParams.update({"font.size": 11, "svg.hashsalt": "memory"} | grey)
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.8)
+    return figure, axes, plt
+
+
+def save_picture(figure: Any, svg: Path, description: str) -> None:
+    """Write the picture, with its description inside."""
+    figure.savefig(svg, transparent=True, metadata={"Date": None})
+    picture = svg.read_text("utf-8")
+    at = picture.index(">", picture.index("<svg")) + 1
+    svg.write_text(f"{picture[:at]}\n <desc>{html.escape(description)}</desc>{picture[at:]}", "utf-8")
+
+
+def draw(runs: dict[str, list[Sample]], args: argparse.Namespace, description: str) -> None:
+    """Resident memory against tokens, one line per contender."""
+    figure, axes, _ = start_picture()
     drawn = {
         name: samples for name, samples in runs.items() if name != "full"
     }  # all allocated at once: a flat line too
@@ -186,15 +194,10 @@ def draw(runs: dict[str, list[Sample]], args: argparse.Namespace, description: s
     axes.set(xlim=(0, args.tokens * 1.01), ylim=(0, top * 1.15), xlabel="tokens read")
     axes.set_ylabel("memory above the\nloaded model (MB)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#808080", alpha=0.25, linewidth=0.8)
-    figure.savefig(args.svg, transparent=True, metadata={"Date": None})
-    picture = args.svg.read_text("utf-8")
-    at = picture.index(">", picture.index("<svg")) + 1
-    args.svg.write_text(f"{picture[:at]}\n <desc>{html.escape(description)}</desc>{picture[at:]}", "utf-8")
+    save_picture(figure, args.svg, description)
 
 
-def describe(args: argparse.Namespace) -> str:
+def describe(what: str, threads: int, script: str) -> str:
     """Where, when and with what the numbers were measured."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -202,11 +205,10 @@ def describe(args: argparse.Namespace) -> str:
             cpu = line.partition(":")[2].strip()
             break
     libraries = ", ".join(f"{name} {version(name)}" for name in ("minillm", "transformers", "torch"))
-    command = shlex.join(["python", "tools/plot_memory.py", *sys.argv[1:]])
-    shape = "a random checkpoint of 8 layers, hidden 512" if args.model is None else args.model.name
+    command = shlex.join(["python", f"tools/{Path(script).name}", *(Path(word).name for word in sys.argv[1:])])
     return (
-        f"Resident memory above the loaded model against tokens read: {shape}, {args.dtype}, chunks of {args.chunk}. "
-        f"Measured {datetime.date.today()} on {cpu}, {args.threads} thread(s), {libraries}, by: {command}"
+        f"Resident memory above the loaded model against tokens read: {what}. "
+        f"Measured {datetime.date.today()} on {cpu}, {threads} thread(s), {libraries}, by: {command}"
     )
 
 
@@ -245,7 +247,8 @@ def main() -> None:
             random_checkpoint(model, layers=2 if args.quick else 8, hidden=128 if args.quick else 512)
         runs = {name: measure(name, args, model) for name in CONTENDERS}
     print(table(runs))
-    draw(runs, args, describe(args))
+    shape = "a random checkpoint of 8 layers, hidden 512" if args.model is None else args.model.name
+    draw(runs, args, describe(f"{shape}, {args.dtype}, chunks of {args.chunk}", args.threads, __file__))
     print(f"plot_memory: wrote {args.svg}", file=sys.stderr)
 
 

@@ -20,7 +20,7 @@ import torch
 from minillm.cache import KVCache
 from minillm.checkpoint import Checkpoint
 from minillm.generate import generate
-from minillm.memory import resident
+from minillm.memory import held
 from minillm.sampling import Sampler, SamplingParams
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         check(cache)
         assert addresses == [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors().values()]
         now = time.perf_counter()
-        samples.append((cache.seen[0], resident()))
+        samples.append((cache.seen[0], held().now))
         if done % (10 * args.check) == 0 or done >= args.tokens:
             rate = 10 * args.check / (now - before)
             print(f"{cache.seen[0]:>10,} tokens  {samples[-1][1] / 1e6:8.2f} MB resident  {rate:8.0f} tok/s", flush=True)
