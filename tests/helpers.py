@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.cache import KVCache
+from minillm.cache import KVCache, PositionMode
 from minillm.config import ModelConfig
 from minillm.eviction import Retention
 from minillm.generate import feed
@@ -53,7 +53,12 @@ def tiny_model(config: ModelConfig | None = None, dtype: torch.dtype = torch.flo
 
 
 def make_cache(
-    model: Transformer, policy: str = "hashevict", slots: int = 64, rows: int = 1, **options: int | None
+    model: Transformer,
+    policy: str = "hashevict",
+    slots: int = 64,
+    rows: int = 1,
+    position_mode: PositionMode = "absolute",
+    **options: int | None,
 ) -> KVCache:
     """A cache for `model` in the model's dtype; retention options and policy options alike by name."""
     retention = {name: options.pop(name, None) for name in ("sinks", "recent", "evict_every")}
@@ -62,6 +67,7 @@ def make_cache(
         make_policy(policy, **options),
         Retention.of(slots, **retention),
         rows=rows,
+        position_mode=position_mode,
         dtype=model.model.embed_tokens.weight.dtype,
     )
 

@@ -72,7 +72,7 @@ def test_only_the_new_turn_is_fed(talker: Path, tmp_path: Path, capsys: pytest.C
     talk = Conversation(LLM.load(str(talker), budget=40), system="be kind", pin_system=True)
     expected = [talk.send(text, ignore_eos=True, max_tokens=12).finish() for text in TEXTS]
     assert [result["token_ids"] for result in found] == [result.token_ids for result in expected]
-    assert found[2]["usage"]["prompt_tokens"] == expected[2].usage.prompt_tokens < 20
+    assert found[2]["usage"]["prompt_tokens"] == expected[2].usage.prompt_tokens < 30
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,11 @@ def test_chat_saves_and_loads(talker: Path, tmp_path: Path) -> None:
 
 
 def test_chat_names_what_goes_wrong_and_goes_on(talker: Path, tmp_path: Path) -> None:
-    lines = [f"/save {tmp_path}/none/a", f"/load {tmp_path}/none", "/save", "/pin", "/pin " + "dog " * 60, TEXTS[0]]
+    file = f"{tmp_path}/none/a"
+    lines = [f"/save {file}", TEXTS[0], f"/save {file}", f"/load {file}", "/save", "/pin", "/pin " + "dog " * 60]
     out, err = run(talker, "chat", text="\n".join(lines))
     for says in (
+        "nothing to save: the session has not begun",
         "cannot be written: No such file or directory",
         "no such file; name a saved session",
         "unknown command /save:",

@@ -17,7 +17,9 @@ from minillm import LLM, BudgetError, ContextFullError, PromptError, SamplingErr
 from minillm.checkpoint import Checkpoint
 from minillm.llm import Conversation
 from minillm.policies import POLICIES
+from minillm.saved import cache_tensors, settings, small_tensors
 from minillm.session import Session
+from minillm.snapshot import Snapshot
 from tools.soak_sessions import soak
 
 from .tiny_checkpoint import write_checkpoint
@@ -70,7 +72,7 @@ def ids(session: Session, count: int) -> list[int]:
 
 def content(session: Session) -> dict[str, torch.Tensor]:
     """All that would be saved."""
-    return {name: tensor.clone() for name, tensor in (session._cache_tensors() | session._small_tensors()).items()}
+    return {name: tensor.clone() for name, tensor in (cache_tensors(session) | small_tensors(session)).items()}
 
 
 def differing(session: Session, other: dict[str, torch.Tensor]) -> list[str]:
@@ -411,7 +413,7 @@ OTHER: dict[str, dict[str, Any]] = {  # field -> another plan, which differs in 
     "recent": {"budget": SLOTS, "recent": 3},
     "evict-every": {"budget": SLOTS, "evict_every": 1},
     "context": {"budget": SLOTS, "context": 300},
-    "positions": {"budget": SLOTS, "positions": "window"},
+    "positions": {"budget": SLOTS, "positions": "absolute"},
     "kv-dtype": {"budget": SLOTS, "kv_dtype": "int8"},
 }
 
@@ -422,7 +424,7 @@ def test_another_cache_is_named(field: str, llm: LLM, file: Path) -> None:
     session.append(WORDS)
     session.save(file)
     other = twin(llm, **OTHER[field]).session(**GREEDY)
-    refuse(other, file, field, session._fingerprint()[field], other._fingerprint()[field])
+    refuse(other, file, field, settings(session)[field], settings(other)[field])
 
 
 def refuse(session: Session, file: Path, field: str, saved: str, ours: str) -> None:
@@ -444,7 +446,7 @@ def test_another_way_to_compute_is_named(
     session = llm.session(**GREEDY)
     session.append(WORDS)
     session.save(file)
-    saved = session._fingerprint()[field]
+    saved = settings(session)[field]
     other = twin(llm)
     if field == "chunk":
         other.chunk = 64
@@ -472,7 +474,7 @@ def test_another_way_to_compute_is_named(
             with pytest.raises(SessionError, match=r"backend reference \(here elsewhere\)"):
                 other.session().load(file)
         else:
-            refuse(other.session(**GREEDY), file, field, saved, other.session()._fingerprint()[field])
+            refuse(other.session(**GREEDY), file, field, saved, settings(other.session())[field])
     finally:
         torch.set_num_threads(1)
 
@@ -490,6 +492,9 @@ def test_weights_that_differ_are_another_model(llm: LLM, tmp_path: Path) -> None
 
 def test_every_difference_is_named_at_once(llm: LLM, file: Path) -> None:
     session = llm.session()
+    with pytest.raises(SessionError, match="has not begun"):
+        session.save(file)
+    session.append("a cat")
     session.save(file)
     with pytest.raises(SessionError) as refused:
         twin(llm, budget=24, policy="window", sinks=0).session().load(file)
@@ -515,6 +520,29 @@ def test_a_damaged_file_leaves_the_running_session_alone(llm: LLM, file: Path) -
         session.load(file)
     assert differing(session, before) == []
     assert ids(session, 5)
+
+
+def test_a_disk_that_fails_while_loading_leaves_a_cache_that_belongs_to_nobody(
+    llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = llm.session(**GREEDY)
+    session.append(WORDS)
+    session.save(file)
+    whole, fill = ids(session, 5), Snapshot.fill_
+
+    def failing(snapshot: Snapshot, tensors: dict[str, torch.Tensor]) -> None:
+        if any(name.endswith("keys") for name in tensors):
+            raise OSError(5, "Input/output error")
+        fill(snapshot, tensors)
+
+    monkeypatch.setattr(Snapshot, "fill_", failing)
+    with pytest.raises(SessionError, match="cannot be read: Input/output error"):
+        session.load(file)
+    monkeypatch.undo()
+    with pytest.raises(PromptError, match="is gone; load it"):
+        session.generate()
+    session.load(file)
+    assert ids(session, 5) == whole
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
