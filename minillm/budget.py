@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from .cache import MAX_POSITION, KVCache, Overflow, PositionMode, cache_bytes, query_block
+from .cache import MAX_POSITION, KVCache, Overflow, PositionMode, cache_bytes
 from .config import ModelConfig
 from .errors import BudgetError, ConfigError, ContextFullError
 from .eviction import EvictionPolicy, Retention
@@ -158,6 +158,7 @@ class CachePlan:
     int8: bool = False
     position_mode: PositionMode = "absolute"
     on_overflow: Overflow = "evict"
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # what it was made from
 
     @classmethod
     def of(
@@ -189,6 +190,21 @@ class CachePlan:
 
         Raises BudgetError, ConfigError.
         """
+        request = {
+            "budget": budget,
+            "whole": whole,
+            "dtype": dtype,
+            "policy": policy,
+            "rows": rows,
+            "sinks": sinks,
+            "recent": recent,
+            "evict_every": evict_every,
+            "layer_budget": layer_budget,
+            "kv_dtype": kv_dtype,
+            "positions": positions,
+            "on_overflow": on_overflow,
+            **policy_options,
+        }
         if whole < 1:
             raise BudgetError(f"--context must be at least 1 token, not {whole}")
         for option, value, known in (
@@ -213,7 +229,17 @@ class CachePlan:
             Retention.of(slots, sinks=sinks, recent=recent, evict_every=evict_every, recent_share=rule.recent_share)
             for slots in layer_slots(layer_budget, budget.slots(whole, bytes_of), layers, whole)
         )
-        return cls(config, budget, whole, rule, retentions, rows, dtype, int8, positions, on_overflow)
+        trained, most_sinks = config.max_position_embeddings, max(retention.sinks for retention in retentions)
+        if positions == "window" and most_sinks >= trained:
+            raise BudgetError(
+                f"--sinks {most_sinks} leave nothing of a window of {trained:,} tokens, which the model was trained "
+                "for: lower --sinks, or use --positions absolute"
+            )
+        return cls(config, budget, whole, rule, retentions, rows, dtype, int8, positions, on_overflow, request)
+
+    def changed(self, **changes: Any) -> CachePlan:
+        """The same request with other options of `of`."""
+        return CachePlan.of(self.config, **{**self.request, **changes})
 
     @property
     def retention(self) -> Retention:
@@ -295,24 +321,3 @@ class CachePlan:
             "positions": self.position_mode,
             "on_overflow": self.on_overflow,
         }
-
-
-def workspace_bytes(plan: CachePlan, chunk: int) -> dict[str, int]:
-    """Bytes of what one forward pass of `chunk` tokens holds at its widest moment, beside weights and cache.
-
-    activations: the stream, its normalised copy, and the three feed-forward products (or queries, keys, values and
-    their rotated copies, whichever is more).  attention: scores, their softmax and the mask of one block of queries,
-    and one layer's keys and values where they are stored in 8 bits.  logits: one position in the model's dtype, in
-    float32, and as probabilities.
-    """
-    config, size, width = plan.config, plan.dtype.itemsize, plan.rows * chunk
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    widest = max(3 * config.intermediate_size, 2 * heads * config.head_dim)
-    largest = max(plan.retentions, key=lambda retention: retention.slots)
-    block = plan.rows * min(chunk, query_block(config, largest, plan.rows)) * largest.slots
-    dense = 2 * plan.rows * config.num_key_value_heads * largest.slots * config.head_dim * size if plan.int8 else 0
-    return {
-        "activations": width * (3 * config.hidden_size + widest) * size,
-        "attention": block * (config.num_attention_heads * (2 * size + 1) + config.num_key_value_heads * 3) + dense,
-        "logits": plan.rows * config.vocab_size * (size + 3 * 4),
-    }

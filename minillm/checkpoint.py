@@ -6,6 +6,7 @@ Everything that can be wrong with a name, a configuration, a budget or a prompt 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,11 @@ from . import fingerprint, hub, loader
 from .budget import Budget, CachePlan
 from .chat import ChatTemplate
 from .config import ModelConfig
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
+from .memory import held
 from .model import Transformer
+from .planner import MemoryPlan, size_of
+from .stream import LOGIT_ROWS
 from .tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
@@ -33,6 +37,7 @@ class Checkpoint:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    offline: bool = False
 
     @classmethod
     def open(
@@ -55,7 +60,7 @@ class Checkpoint:
         place = _device(device)
         folder = hub.resolve(name, revision=revision, offline=offline, weights=weights)
         config = loader.read_config(folder)
-        return cls(name, folder, config, loader.choose_dtype(dtype, config, place), place)
+        return cls(name, folder, config, loader.choose_dtype(dtype, config, place), place, offline)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -88,11 +93,54 @@ class Checkpoint:
         return min(self.config.max_position_embeddings, DEFAULT_CONTEXT)
 
     def plan(
-        self, *, budget: Budget | str | float | None = None, context: int | None = None, **options: Any
+        self,
+        *,
+        budget: Budget | str | float | None = None,
+        context: int | None = None,
+        memory: str | int | None = None,
+        chunk: int = 256,
+        logit_rows: int = LOGIT_ROWS,
+        **options: Any,
     ) -> CachePlan:
-        """The cache that a budget over a context becomes; nothing is allocated.  Options as in CachePlan.of."""
+        """The cache that a budget over a context becomes; nothing is allocated.  Options as in CachePlan.of.
+
+        memory: bytes, or a size such as "6GiB", that the whole process may hold: where no budget is named, the largest
+        is chosen that fits, up to the whole context.  Whether it does is for `memory_plan` to say.  chunk, logit_rows:
+        see there.
+        """
         whole = self.default_context if context is None else context
-        return CachePlan.of(self.config, budget=budget, whole=whole, dtype=self.dtype, **options)
+        plan = CachePlan.of(self.config, budget=budget, whole=whole, dtype=self.dtype, **options)
+        if memory is None or budget is not None or options.get("policy") == "full":
+            return plan
+        largest = self.memory_plan(plan, chunk=chunk, logit_rows=logit_rows).largest(size_of(memory))
+        return plan if largest is None else largest.cache
+
+    def memory_plan(
+        self, plan: CachePlan, *, memory: str | int | None = None, chunk: int = 256, logit_rows: int = LOGIT_ROWS
+    ) -> MemoryPlan:
+        """Every byte that this process will hold with a model and a cache; reads at most headers of the weights.
+
+        memory: what it may hold.  chunk, logit_rows: see MemoryPlan.
+        """
+        promise = None if memory is None else size_of(memory)
+        return MemoryPlan(plan, self.weights, self.base, self.device, chunk, logit_rows, promise)
+
+    @cached_property
+    def base(self) -> int:
+        """Bytes that this process holds before it reads weights: Python, libraries, the tokenizer.
+
+        Only what torch allocates counts on a CUDA device, where this is 0.
+        """
+        with suppress(CheckpointError):  # none there: whoever needs it will say so
+            self.tokenizer  # noqa: B018
+        return held(self.device).now
+
+    @cached_property
+    def weights(self) -> loader.Weights:
+        """Sizes and stored dtypes of the weights, from headers here or the hub; CheckpointError if they do not fit."""
+        absent = not loader.has_weights(self.folder)
+        remote = hub.remote_tensors(self.name, self.folder) if absent and not self.offline else None
+        return loader.weights_of(self.folder, self.config, remote)
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
@@ -100,7 +148,7 @@ class Checkpoint:
 
     def weight_bytes(self) -> int:
         """Bytes of the weights once loaded."""
-        return loader.weight_bytes(self.folder, self.config, self.dtype)
+        return self.weights.nbytes(self.dtype)
 
 
 def _device(name: str) -> torch.device:

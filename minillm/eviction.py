@@ -34,6 +34,7 @@ class EvictionPolicy(ABC):
     recent_share: ClassVar[int] = 4  # by default the last slots / recent_share tokens are protected
     needs_kinds: ClassVar[bool] = False  # whether tokens must be flagged as SPECIAL and PUNCTUATION
     needs_attention: ClassVar[bool] = False  # whether `observe_attention_` wants the weights of every query
+    watching: ClassVar[int] = 0  # bytes per query, slot and KV head that it holds for a moment
 
     @property
     def needs_queries(self) -> bool:
@@ -55,6 +56,13 @@ class EvictionPolicy(ABC):
     def constants(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:  # noqa: ARG002
         """What `constants_spec` declares: a function of options, model and layer alone, so it need not be saved."""
         return {}
+
+    def scratch(self, config: ModelConfig, item: int) -> int:  # noqa: ARG002
+        """Bytes per slot and KV head that `settle_` or `score` hold for a moment, at `item` bytes a number.
+
+        Beside `layer.dense`, which is counted; test_memory_plan.py compares with what really lives.
+        """
+        return 0
 
     def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """What to store beside keys [B, Hkv, n, D], exact whatever the cache stores: [B, Hkv, n, ...] by name."""

@@ -23,13 +23,15 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import GatedModelError, ModelNotFoundError
-from .headers import INDEX, SINGLE
+from .headers import INDEX, SINGLE, Stored
 from .loader import read_config
 
 EMBEDDED = "minillm-demo"  # the model in weights/<EMBEDDED>, shipped inside the wheel: what runs without --model
@@ -114,6 +116,25 @@ def resolve(
 def pull(name: str, *, revision: str | None = None, cache_dir: Path | None = None, progress: bool = True) -> Path:
     """Like `resolve`, but asks the hub for the newest version even of what is in the cache."""
     return _local(name, revision) or _download(_hub_id(name), revision, cache_dir, progress, weights=True)
+
+
+def remote_tensors(name: str, folder: Path) -> dict[str, Stored] | None:
+    """Every tensor of a model on the hub of which `folder` is the snapshot: from its headers, without a download.
+
+    None where that cannot be found out.
+    """
+    if folder.parent.name != "snapshots":
+        return None
+    try:
+        with _progress_bars(False):
+            found = HfApi().get_safetensors_metadata(_hub_id(name), revision=folder.name)
+    except (OSError, NETWORK_ERROR, RuntimeError, NotASafetensorsRepoError, SafetensorsParsingError):
+        return None
+    return {
+        tensor: Stored(Path(file), str(info.dtype), tuple(info.shape), *info.data_offsets)
+        for file, header in found.files_metadata.items()
+        for tensor, info in header.tensors.items()
+    }
 
 
 def _local(name: str, revision: str | None) -> Path | None:

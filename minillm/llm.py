@@ -26,6 +26,7 @@ from .eviction import PUNCTUATION, SPECIAL
 from .generate import feed
 from .hub import EMBEDDED
 from .model import Transformer
+from .planner import MemoryPlan
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
 from .session import Prompt, Session
@@ -38,11 +39,22 @@ class LLM:
     Any number of LLMs may share one model: `LLM(llm.checkpoint, llm.model, llm.checkpoint.plan(budget=64))`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Transformer, plan: CachePlan, *, chunk: int = 256) -> None:
-        """`chunk`: how many tokens of a prompt go through the linear layers together (memory against speed)."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Transformer,
+        plan: CachePlan,
+        *,
+        chunk: int = 256,
+        memory: MemoryPlan | None = None,
+    ) -> None:
+        """`chunk`: how many tokens of a prompt go through the linear layers together (memory against speed).
+
+        memory: what this process was planned to hold, and the promise that is watched while it runs.
+        """
         if chunk < 1:
             raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
-        self.checkpoint, self.model, self.plan, self.chunk = checkpoint, model, plan, chunk
+        self.checkpoint, self.model, self.plan, self.chunk, self.memory = checkpoint, model, plan, chunk, memory
         self.cache = plan.allocate(checkpoint.device)
         if plan.policy.needs_kinds:
             self.cache.kinds = torch.zeros(checkpoint.config.vocab_size, dtype=torch.uint8)
@@ -60,10 +72,13 @@ class LLM:
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
+        memory: str | int | None = None,
         **cache_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.
 
+        memory: what the whole process may hold, such as "6GiB"; it runs in that for ever, or stops with
+            MemoryPromiseError.  Without a budget the largest is chosen that fits.
         cache_options: those of `Checkpoint.plan`, such as
             budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
             context: the whole of a fraction; default the smaller of the model's context and 8,192.
@@ -71,8 +86,10 @@ class LLM:
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
         checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
-        plan = checkpoint.plan(**cache_options)
-        return cls(checkpoint, checkpoint.load_model(), plan, chunk=chunk)
+        plan = checkpoint.plan(memory=memory, chunk=chunk, **cache_options)
+        needs = checkpoint.memory_plan(plan, memory=memory, chunk=chunk)
+        needs.require()
+        return cls(checkpoint, checkpoint.load_model(), plan, chunk=chunk, memory=needs)
 
     @overload
     def generate(self, prompt: list[str], **options: object) -> list[Result]: ...
@@ -164,12 +181,18 @@ class LLM:
                 scored = target_logprobs(self.model, hidden[0], targets, self.real_vocab)  # [T]
                 total -= float(scored.sum(dtype=torch.float64))
                 at += len(targets)
+                self.check_memory()
                 if progress is not None:
                     progress(done + at, count)
             done += at
         usage = Usage.of(self.cache, prompt=count, completion=0)
         nats = total / count
         return Score(count, nats, math.exp(nats), usage, self.plan.summary())
+
+    def check_memory(self) -> None:
+        """Raise MemoryPromiseError if this process holds more than it was promised to; asked after every step."""
+        if self.memory is not None:
+            self.memory.check()
 
     @property
     def real_vocab(self) -> int:
@@ -251,6 +274,7 @@ class Conversation:
     def reset(self) -> None:
         """Start again, with the same system message."""
         self.session = self.llm.session()
+        self.session.notes = {"system": self.system, "pin_system": self.pin_system}
 
     def usage(self) -> Usage:
         """What the cache has seen of the conversation, and keeps."""
@@ -286,7 +310,6 @@ class Conversation:
 
     def save(self, path: str | Path) -> None:
         """See Session.save."""
-        self.session.notes = {"system": self.system, "pin_system": self.pin_system}
         self.session.save(path)
 
     def load(self, path: str | Path) -> None:

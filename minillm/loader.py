@@ -14,7 +14,8 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,45 @@ def _cpu_has_bfloat16() -> bool:
         return False
 
 
-def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded as `dtype`; reads headers only, and none where nothing is downloaded yet.
+@dataclass(frozen=True)
+class Weights:
+    """How big the tensors of a model are: elements and stored dtype of each.  origin: who says so."""
 
-    Raises CheckpointError if there are weights in `folder` and they are pickles or do not fit `config`.
+    tensors: tuple[tuple[int, torch.dtype], ...]
+    origin: str
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes once loaded as `dtype`."""
+        return sum(count for count, _ in self.tensors) * dtype.itemsize
+
+    def converted(self, dtype: torch.dtype) -> int:
+        """Bytes of the largest tensor, as it is stored, that loading as `dtype` has to convert."""
+        return max((count * stored.itemsize for count, stored in self.tensors if stored != dtype), default=0)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, be it pickles."""
+    return any(path.name in (SINGLE, INDEX) or path.suffix in PICKLES for path in folder.iterdir())
+
+
+def weights_of(folder: Path | None, config: ModelConfig, remote: Mapping[str, Stored] | None = None) -> Weights:
+    """What headers say about the weights, in `folder` or `remote`; what the config says where there are neither.
+
+    Raises CheckpointError if there are weights in `folder` and they are pickles, or if tensors do not fit `config`.
     """
-    model = empty_model(config)
-    if folder is not None and any(path.name in (SINGLE, INDEX) or path.suffix in PICKLES for path in folder.iterdir()):
-        _check_fit(folder, model, stored_tensors(folder))
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    model, here = empty_model(config), folder is not None and has_weights(folder)
+    stored = stored_tensors(folder) if folder is not None and here else remote
+    if stored is None:
+        dtype = DTYPES.get(str(config.dtype), torch.float32)
+        return Weights(tuple((parameter.numel(), dtype) for parameter in model.parameters()), "config.json")
+    names = _check_fit(folder or Path(), model, stored)
+    found = tuple((prod(stored[name].shape), DTYPE_OF[stored[name].dtype]) for name in names)
+    return Weights(found, "the headers of its files" if here else "the hub's headers")
+
+
+def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights once loaded as `dtype`; see `weights_of`."""
+    return weights_of(folder, config).nbytes(dtype)
 
 
 def load_model(

@@ -117,13 +117,14 @@ class Guard:
     def __init__(self, promise: int, device: torch.device | str, remedy: str) -> None:
         """promise: bytes that are never to be exceeded.  remedy: what to do about it, for the error."""
         self.promise, self.device, self.remedy = promise, torch.device(device), remedy
-        self._before = held(device).peak  # of whatever this process did earlier: not ours to answer for
+        self._before = held(device).peak  # of whatever this process did earlier: a peak is news only beyond it
 
     def check(self) -> None:
         """Raise MemoryPromiseError if more is held than was promised, or was between two checks."""
         now, peak = held(self.device)
         most = peak if peak > self._before else now
         if most > self.promise:
+            self._before = peak
             raise MemoryPromiseError(
                 f"memory has reached {most:,} bytes, {most - self.promise:,} above the promise of {self.promise:,}; "
                 f"{self.remedy}"

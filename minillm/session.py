@@ -7,12 +7,11 @@
 
 Invariant: between two calls everything but the last token of the sequence is in the cache, and that one is `pending`
 (none is after a token that ended an answer, which is never fed).  So drawing 10 tokens twice is drawing 20, whatever
-was saved, restored or copied in between.  This module must not know the format of a saved file (snapshot.py).
+was saved, restored or copied in between.  This module must not know what a saved file holds (saved.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -24,21 +23,18 @@ import torch
 from torch import Tensor
 
 from .cache import MAX_POSITION, NOTHING
-from .errors import PromptError, SamplingError, SessionError
+from .errors import PromptError, SessionError
 from .eviction import PINNED
-from .fingerprint import check_fingerprint, fingerprint
 from .generate import Pins, feed
 from .results import Usage
 from .sampling import Sampler, SamplingParams
-from .snapshot import Snapshot, open_snapshot, save_snapshot, snapshot_bytes, specs_of
+from .saved import copy_session_, load_session, save_session, session_bytes
 from .stream import Progress, Stream, collect, overlap
 
 if TYPE_CHECKING:
     from .llm import LLM
 
 Prompt = str | Iterator[str] | Iterator[Tensor] | Sequence[int] | Tensor
-NUMBERS, NOTES = "session.numbers", "session.notes"
-NOTES_BLOCK = 4096  # bytes: notes are padded to a multiple of it
 
 
 class Session:
@@ -49,7 +45,7 @@ class Session:
     def __init__(self, llm: LLM, params: SamplingParams) -> None:
         """The cache is taken over when the first tokens come."""
         self.llm = llm
-        self.sampler = self._new_sampler(params)
+        self.sampler = self.new_sampler(params)
         self.params = replace(params, seed=self.sampler.seed)
         self.notes: dict[str, Any] = {}  # what else is to be saved: anything that JSON can carry
         self.pending: list[int] = []  # the last token of the sequence, while it is not in the cache
@@ -73,7 +69,7 @@ class Session:
 
     def use(self, params: SamplingParams) -> None:
         """Draw by other rules from here on.  What was drawn still counts; the draws begin again if the seed is new."""
-        sampler, state = self._new_sampler(params), self.sampler.state()
+        sampler, state = self.new_sampler(params), self.sampler.state()
         if params.seed is None:
             sampler.seed = self.sampler.seed
         elif params.seed != self.sampler.seed:
@@ -99,6 +95,7 @@ class Session:
         for piece, _ in feed(llm.model, llm.cache, tokens[None, :-1], llm.chunk, pins):  # [1, T]
             self.sampler.observe_prompt(piece[0])
             fed += piece.shape[1]
+            llm.check_memory()
             if progress is not None:
                 progress(fed, len(tokens))
         self.pinned += overlap(pins, 0, fed)
@@ -177,9 +174,8 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Exact size of the file that `save` writes, known before a token is fed."""
-        return snapshot_bytes(specs_of(self._cache_tensors() | self._small_tensors()), self._fingerprint())
+        return session_bytes(self)
 
-    @torch.inference_mode()
     def save(self, path: str | Path) -> None:
         """Write everything that the future of the session depends on to a file, at once or not at all.
 
@@ -187,35 +183,16 @@ class Session:
         """
         self._require_cache()
         if self.latest is None:
-            self.llm.cache.reset()
-            self.latest = self.llm.owner = object()
-        for layer in self.llm.cache.layers:  # what was evicted, or left by another request, is nobody's business
-            empty = layer.positions == NOTHING  # [B, Hkv, S]
-            for name in ("keys", "values", "scales", "flags", *layer.slot_state):
-                tensor = layer.tensors().get(name)
-                if tensor is not None:
-                    tensor.masked_fill_(empty.view(*empty.shape, *[1] * (tensor.ndim - 3)), 0)
-        save_snapshot(Path(path), self._cache_tensors() | self._small_tensors(), self._fingerprint())
+            raise SessionError("there is nothing to save: the session has not begun")
+        save_session(self, Path(path))
 
-    @torch.inference_mode()
     def load(self, path: str | Path) -> None:
         """Go on as the session that was saved, with its sampling parameters; what was in the cache is lost.
 
         Raises SessionError, naming every setting that differs, if the file is not from the very same model, cache and
         machine, or is damaged; what was in the cache is then untouched.
         """
-        llm, tensors = self.llm, self._cache_tensors()
-        with open_snapshot(Path(path)) as snapshot:
-            check_fingerprint(snapshot.path, snapshot.metadata, self._fingerprint())
-            small = self._small_tensors() | {NOTES: torch.empty(snapshot.length(NOTES), dtype=torch.uint8)}
-            small = {name: torch.empty_like(tensor) for name, tensor in small.items()}
-            snapshot.require(specs_of(tensors | small))
-            snapshot.fill_(small)
-            sampler, notes = self._read_notes(snapshot, small)
-            llm.owner = None  # a disk that fails now leaves a cache that belongs to nobody
-            snapshot.fill_(tensors)
-        self.sampler, self.params, self.notes = sampler, sampler.params, notes
-        self._set_numbers(small[NUMBERS])
+        load_session(self, Path(path))
 
     def fork(self) -> Session:
         """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more."""
@@ -224,13 +201,7 @@ class Session:
         llm.cache, llm.owner = llm.plan.allocate(llm.checkpoint.device), None
         llm.cache.kinds = self.llm.cache.kinds
         other = Session(llm, self.params)
-        other.notes = dict(self.notes)
-        other.sampler.restore_(self.sampler.state())
-        if self.latest is not None:
-            with torch.inference_mode():
-                for mine, theirs in zip(self._cache_tensors().values(), other._cache_tensors().values(), strict=True):
-                    theirs.copy_(mine)
-            other._set_numbers(self._small_tensors()[NUMBERS])
+        copy_session_(self, other)
         return other
 
     @torch.inference_mode()
@@ -277,61 +248,14 @@ class Session:
         tokens = self.encode(prompt)
         return tokens if isinstance(tokens, Tensor) else collect(tokens, MAX_POSITION)
 
+    def new_sampler(self, params: SamplingParams) -> Sampler:
+        """One for this model that has drawn nothing yet."""
+        checkpoint = self.llm.checkpoint
+        return Sampler(params, checkpoint.config.vocab_size, self.llm.real_vocab, checkpoint.eos_ids, checkpoint.device)
+
     def _require_cache(self) -> None:
         if self.latest is not None and self.llm.owner is not self.latest:
             raise PromptError(
                 "another request has used this LLM's cache, or was cut off in it: the session or conversation in it is "
                 "gone; load it from a file, or begin again"
             )
-
-    def _new_sampler(self, params: SamplingParams) -> Sampler:
-        checkpoint = self.llm.checkpoint
-        return Sampler(params, checkpoint.config.vocab_size, self.llm.real_vocab, checkpoint.eos_ids, checkpoint.device)
-
-    def _fingerprint(self) -> dict[str, str]:
-        llm = self.llm
-        layer: Any = llm.model.model.layers[0]
-        return fingerprint(
-            llm.checkpoint.digest,
-            llm.plan,
-            device=llm.checkpoint.device,
-            backend=layer.self_attn.attend.__module__.rpartition(".")[2],
-            chunk=llm.chunk,
-        )
-
-    def _cache_tensors(self) -> dict[str, Tensor]:
-        """All of the cache that varies, by name."""
-        cache = self.llm.cache
-        return {
-            f"layers.{layer.index}.{name}": tensor
-            for layer in cache.layers
-            for name, tensor in layer.tensors().items()
-            if name not in cache.fixed
-        }
-
-    def _small_tensors(self) -> dict[str, Tensor]:
-        """The rest: numbers, the sampler, and notes as JSON."""
-        numbers = [self.seen, *(self.pending or [NOTHING]), int(self.pending_pinned), self.pinned]
-        text = json.dumps({"params": self.params.to_json(), "notes": self.notes}).encode()
-        text += b" " * (-len(text) % NOTES_BLOCK)
-        return {
-            NUMBERS: torch.tensor(numbers),  # [4] int64
-            NOTES: torch.frombuffer(bytearray(text), dtype=torch.uint8),  # [bytes]
-            **{f"sampler.{name}": tensor for name, tensor in self.sampler.state().items()},
-        }
-
-    def _read_notes(self, snapshot: Snapshot, small: dict[str, Tensor]) -> tuple[Sampler, dict[str, Any]]:
-        try:
-            found = json.loads(bytes(small[NOTES].tolist()))
-            sampler = self._new_sampler(SamplingParams.from_json(found["params"]))
-            sampler.restore_({name: small[f"sampler.{name}"] for name in sampler.state()})
-            return sampler, dict(found["notes"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SamplingError) as error:
-            raise SessionError(f"{snapshot.path} was not written by minillm: its notes say {error!r}") from error
-
-    def _set_numbers(self, numbers: Tensor) -> None:
-        """Take over the cache, whose tensors have just been filled."""
-        seen, pending, pinned, self.pinned = numbers.tolist()
-        self.pending, self.pending_pinned = [] if pending == NOTHING else [pending], bool(pinned)
-        self.llm.cache.seen = [seen]
-        self.latest = self.llm.owner = object()

@@ -86,10 +86,10 @@ def save_snapshot(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 class Snapshot:
-    """An opened file whose every byte has been checked: `metadata`, and tensors to be read in place."""
+    """An opened file: `metadata`, and tensors to be read in place once `check` has looked at every byte."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Read the whole file once.  Raises SessionError for a foreign, cut or damaged one."""
+        """Read the header.  Raises SessionError for a foreign or cut file."""
         self.path, self._file = path, file
         header, start = self._read_header()
         try:
@@ -99,10 +99,19 @@ class Snapshot:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise self._damaged(f"its header cannot be understood, {error!r}") from error
         self._entries = header
-        size = os.fstat(file.fileno()).st_size
-        if size != end:
-            raise self._damaged(f"it has {size:,} bytes, expected {end:,} by its header")
-        self._check_sum(size)
+        self._size = os.fstat(file.fileno()).st_size
+        if self._size != end:
+            raise self._damaged(f"it has {self._size:,} bytes, expected {end:,} by its header")
+
+    def check(self) -> None:
+        """Read every byte.  Raises SessionError for a damaged file."""
+        self._file.seek(0)
+        digest, buffer, left = sha256(), memoryview(bytearray(PIECE)), self._size - CHECKSUM_BYTES
+        while left > 0 and (got := self._file.readinto(buffer[:left])):  # type: ignore[attr-defined]
+            digest.update(buffer[:got])
+            left -= got
+        if self._file.read(CHECKSUM_BYTES + 1) != digest.digest():
+            raise self._damaged("its checksum does not match its content")
 
     def length(self, name: str) -> int:
         """The first dimension of a tensor whose size may vary; 0 where there is none.  Still to be `require`d."""
@@ -158,29 +167,23 @@ class Snapshot:
             )
         return header, 8 + length
 
-    def _check_sum(self, size: int) -> None:
-        self._file.seek(0)
-        digest, buffer, left = sha256(), memoryview(bytearray(min(PIECE, size))), size - CHECKSUM_BYTES
-        while left > 0 and (got := self._file.readinto(buffer[:left])):  # type: ignore[attr-defined]
-            digest.update(buffer[:got])
-            left -= got
-        if self._file.read(CHECKSUM_BYTES + 1) != digest.digest():
-            raise self._damaged("its checksum does not match its content")
-
     def _damaged(self, what: str) -> SessionError:
         return SessionError(f"{self.path} is damaged ({what}): use another copy, or start a new session")
 
 
 @contextmanager
-def open_snapshot(path: Path) -> Iterator[Snapshot]:
-    """Open and check a file, see Snapshot; nothing in memory has changed until `fill_`.  Raises SessionError."""
+def open_snapshot(path: Path, *, check: bool = True) -> Iterator[Snapshot]:
+    """Open a file, see Snapshot, and `check` it; nothing in memory has changed until `fill_`.  Raises SessionError."""
     try:
         if not path.is_file():
             raise SessionError(
                 f"{path}: {'this is no file' if path.exists() else 'no such file'}; name a saved session"
             )
         with path.open("rb") as file:
-            yield Snapshot(path, file)
+            snapshot = Snapshot(path, file)
+            if check:
+                snapshot.check()
+            yield snapshot
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -168,6 +168,7 @@ class Stream(Iterator[str]):
                 if sample.logprob is not None:
                     self._logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
                 self._note_length()
+                llm.check_memory()
                 yield sample.token_id
                 self._require_cache()
                 if self._stopping:
@@ -202,8 +203,8 @@ class Stream(Iterator[str]):
         self.session.pinned += overlap(self._pins, start, self.prompt_tokens)
         self.session.pending, self.session.pending_pinned = [], False
         self._note_length()
-        if self.params.repetition_penalty != 1:
-            self.sampler.observe_prompt(tokens[0])
+        self.llm.check_memory()
+        self.sampler.observe_prompt(tokens[0])
         if self.params.prompt_logprobs is not None:
             targets, before = tokens[0].to(torch.int64), hidden[0, :-1]  # [T], [T - 1, hidden]
             if self._before is None:

@@ -65,8 +65,12 @@ class FakeHub:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def downloaded(self) -> set[str]:
-        """The names of the files whose content was sent."""
-        return {path.rpartition("/")[2] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path}
+        """The names of the files whose content was sent to the end."""
+        return {
+            path.rpartition("/")[2]
+            for method, path, part in self.requests
+            if method == "GET" and "/resolve/" in path and (part is None or part.endswith("-"))
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,10 +122,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, data: bytes, commit: str) -> None:
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(asked[1]) if asked else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        start, whole = (int(asked[1]) if asked else 0), len(data)
         if asked:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data = data[: int(asked[2]) + 1] if asked[2] else data
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{whole}"
         self._head(206 if asked else 200, len(data) - start, headers)
         if self.command == "HEAD":
             return

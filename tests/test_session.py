@@ -180,7 +180,7 @@ def test_saving_killing_loading_and_resuming_again_and_again(folder: Path, tmp_p
     met = soak(LLM.load(str(folder), budget=SLOTS), tmp_path, cycles=60, tokens=100)
     print("\n", met)
     assert met["killed while saving"] > 0
-    assert met["stages"] > 10
+    assert met["stages"] > 5
     assert met["resumed and compared"] > 0
 
 

@@ -30,7 +30,7 @@ from minillm.session import Session
 
 PROMPT = "Once upon a time there was a little cat who liked to sleep in the sun, and a big dog said hello to her. "
 STEP = 5  # tokens between two saves
-LONGEST = 0.12  # seconds until a child is killed, at most
+LONGEST = 4  # steps until a child is killed, at most
 
 
 class Life:
@@ -42,10 +42,12 @@ class Life:
         self.stage = {}  # digest of the file -> tokens drawn
         session, ids = self.begin(), []
         self.prompt = session.seen + len(session.pending)
+        begin = time.perf_counter()
         for drawn in range(STEP, tokens + 1, STEP):
             ids += session.generate(max_tokens=STEP).finish().token_ids
             session.save(file)
             self.stage[digest(file)] = drawn
+        self.step_s = (time.perf_counter() - begin) / len(self.stage)
         assert ids == self.ids, "drawn in steps, the tokens are others"
         assert len(self.stage) == tokens // STEP, "two stages have the same file"
         file.unlink()
@@ -64,9 +66,10 @@ class Life:
             session.load(self.file)
         return session, session.seen + len(session.pending) - self.prompt
 
-    def go_on(self, draw: random.Random) -> None:
-        """What a child does, as long as it lives."""
+    def go_on(self, draw: random.Random, ready: int) -> None:
+        """What a child does, as long as it lives; it says through the pipe `ready` when it has loaded the file."""
         session, drawn = self.resume()
+        os.write(ready, b".")
         while drawn < self.tokens:
             first = draw.randrange(STEP)
             for count in (first, STEP - first):
@@ -91,15 +94,20 @@ def soak(llm: LLM, folder: Path, *, cycles: int, tokens: int = 400, seed: int = 
             file.unlink(missing_ok=True)
             life, before = Life(llm, file, tokens=tokens, seed=seed + cycle), 0
             met["lives"] += 1
+        listen, ready = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                life.go_on(random.Random(cycle))
+                life.go_on(random.Random(cycle), ready)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
-        time.sleep(draw.uniform(0, LONGEST))
+        os.close(ready)
+        if cycle % 5:  # else it may die while it loads
+            os.read(listen, 1)
+        os.close(listen)
+        time.sleep(draw.uniform(0, LONGEST * life.step_s))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL), f"a child failed in cycle {cycle}"

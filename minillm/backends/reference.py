@@ -20,19 +20,18 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_si
     written, then it attends, then the policy sees what it asked to see.  One token at a time or a thousand: the same
     evictions, so the same result.  q_sinks: what to ask the sinks, where they seem nearer than they are (model.py).
     """
-    outputs = []
+    # Written piece by piece: pieces that are collected would lie between the scores and keep the heap from reuse.
+    result = torch.zeros_like(q)  # [B, H, T, D]
     for start, stop, evict, settle in layer.stretches(span):
         queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
         if evict:
             evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
         layer.write_(k[:, :, start:stop], v[:, :, start:stop], span, start, stop)
         to_sinks = None if q_sinks is None else q_sinks[:, :, start:stop]
-        outputs.append(attend_slots(layer, queries, positions, layer.reach(span, stop), to_sinks))
+        result[:, :, start:stop] = attend_slots(layer, queries, positions, layer.reach(span, stop), to_sinks)
         if layer.policy.needs_queries:
             layer.policy.observe_queries_(layer, queries, positions)
-    if span.length < q.shape[2]:
-        outputs.append(torch.zeros_like(q[:, :, span.length :]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # [B, H, T, D]
+    return result
 
 
 def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_sinks: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..errors import MinillmError, PromptError
 from .interrupt import ctrl_c_stops
 from .opening import choose_sampling, load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, add_sampling_options
-from .report import Meter, facts_after, facts_before, remembered, say, size
+from .report import Meter, facts_after, facts_before, remembered, say, size, with_memory
 
 if TYPE_CHECKING:
     from ..llm import Conversation
@@ -122,6 +121,6 @@ def _answer(
         say("the message was not sent")
         return
     result = stream.result
-    print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
+    print(with_memory(result.to_dict(), conversation.llm.memory) if args.json else "", flush=True)
     if not args.json:
-        say(facts_after(result.usage, result.timings))
+        say(facts_after(result.usage, result.timings, conversation.llm.memory))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from ..errors import PromptError
 from .opening import choose_sampling, load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, add_sampling_options
 from .prompt_text import add_text_options, read_text
-from .report import Meter, facts_after, facts_before, say
+from .report import Meter, facts_after, facts_before, say, with_memory
 from .resume import run_session
 
 if TYPE_CHECKING:
@@ -72,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # what was printed stays
         status = 130
     result = stream.result
-    print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
-    say(("interrupted; " if status else "") + facts_after(result.usage, result.timings))
+    print(with_memory(result.to_dict(), llm.memory) if args.json else "", flush=True)
+    say(("interrupted; " if status else "") + facts_after(result.usage, result.timings, llm.memory))
     return status
 
 
@@ -100,7 +99,9 @@ def _prompt(
         meter.close()
         return encoded(read_text(args)), length
     tokens = encoded("".join(text) if in_argument else text)
-    if in_argument or (args.context is None and Budget.of(args.budget).kind in ("all", "fraction")):
+    kind = Budget.of(args.budget).kind
+    whole_counts = kind == "fraction" or (kind == "all" and args.memory is None)
+    if in_argument or (args.context is None and whole_counts):
         held = list(tokens)
         return iter(held), sum(map(len, held))
     return tokens, None

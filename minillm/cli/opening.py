@@ -54,6 +54,9 @@ def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int
     return checkpoint.plan(
         budget=args.budget,
         context=args.context or context,
+        memory=args.memory,
+        chunk=args.chunk,
+        logit_rows=logit_rows(args),
         policy=args.policy,
         sinks=args.sinks,
         recent=args.recent,
@@ -67,8 +70,17 @@ def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int
 
 
 def load(args: argparse.Namespace, checkpoint: Checkpoint, plan: CachePlan) -> LLM:
-    """Read the weights, with a progress meter, and allocate the cache."""
+    """Read the weights, with a progress meter, and allocate the cache; BudgetError before, if there is no room."""
     from ..llm import LLM
 
+    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=logit_rows(args))
+    memory.require()
     model = checkpoint.load_model(Meter("loading", "bytes").update)
-    return LLM(checkpoint, model, plan, chunk=args.chunk)
+    return LLM(checkpoint, model, plan, chunk=args.chunk, memory=memory)
+
+
+def logit_rows(args: argparse.Namespace) -> int:
+    """Positions whose logits the command computes together."""
+    from ..stream import LOGIT_ROWS
+
+    return LOGIT_ROWS if args.command in ("score", "verify") else 1

@@ -53,6 +53,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="what is kept: a fraction of the context (0.3), tokens (2048) or bytes (512MiB); default: everything",
     )
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what the whole process may hold (6GiB): never more, or it stops; without --budget the largest that fits",
+    )
     group.add_argument("--context", type=positive, metavar="TOKENS", help="length that a fraction is a fraction of")
     group.add_argument(
         "--chunk", type=positive, metavar="TOKENS", default=256, help="tokens read at once (default: 256)"

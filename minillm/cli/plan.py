@@ -1,21 +1,24 @@
-"""`minillm plan`: what a budget would cost, before anything is loaded."""
+"""`minillm plan`: every byte that a process would hold, before anything is loaded, and whether and how it fits."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
+from ..units import size
 from .opening import open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options
-from .report import facts_before, size
+from .report import facts_before
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `plan` to the command line."""
     parser = subparsers.add_parser(
         "plan",
-        help="show the bytes a budget needs",
-        description="Show the bytes of weights, cache and workspace for a model, context and budget; loads nothing.",
+        help="show the bytes a budget needs, and whether they fit",
+        description="Show the bytes of weights, cache, workspace and runtime for a model, context and budget; say "
+        "whether they fit into --memory, or this machine, and if not, three ways to make them fit. Loads nothing.",
     )
     add_model_options(parser)
     add_cache_options(parser)
@@ -26,19 +29,34 @@ def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
     checkpoint = open_checkpoint(args, weights=False)
 
-    from ..budget import workspace_bytes
+    from ..memory import room
 
     plan = plan_cache(args, checkpoint, context=None)
-    workspace = workspace_bytes(plan, args.chunk)
-    weights = checkpoint.weight_bytes()
-    total = weights + plan.nbytes + sum(workspace.values())
+    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=1)
+    ever = room(checkpoint.device).ever
+    limit = ever if memory.promise is None else min(ever, memory.promise)
+    fits = memory.total <= limit
+    ways = [] if fits else memory.three_ways(limit)
     if args.json:
-        parts = {"weights": weights, "cache": plan.bytes_by_part(), "workspace": workspace, "total": total}
-        print(json.dumps({"cache": plan.summary(), "bytes": parts}))
+        parts: dict[str, Any] = {}
+        for name, count in memory.parts.items():
+            group, _, part = name.partition(" ")
+            parts = parts | {group: parts.get(group, {}) | {part: count} if part else count}
+        options = [way.options | {"total": way.plan.total} for way in ways]
+        verdict = {"limit": limit, "fits": fits, "ways": options, "weights_from": checkpoint.weights.origin}
+        print(json.dumps({"cache": plan.summary(), "bytes": parts | {"total": memory.total}, **verdict}))
         return 0
     print(facts_before(checkpoint, plan))
-    rows = [("weights", weights), *((f"cache {name}", count) for name, count in plan.bytes_by_part().items())]
-    rows += [(f"workspace {name}", count) for name, count in workspace.items()]
-    for name, count in [*rows, ("total", total)]:
+    for name, count in [*memory.parts.items(), ("total", memory.total)]:
         print(f"  {name:<22} {count:>16,} B  {size(count):>10}")
+    print(f"weights: by {checkpoint.weights.origin}")
+    whose = "this machine" if limit == ever else "--memory"
+    if fits:
+        print(f"fits into the {size(limit)} of {whose}")
+        return 0
+    print(f"does not fit into the {size(limit)} of {whose}: {size(memory.total - limit)} too much")
+    for way in ways:
+        print(f"  {way.what}: {way.flags}, {size(way.plan.total)} in all")
+    if not ways:
+        print("  no budget, dtype or context makes it fit: choose a smaller model")
     return 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..units import size as size
 
 if TYPE_CHECKING:
     from ..budget import CachePlan
     from ..checkpoint import Checkpoint
+    from ..planner import MemoryPlan
     from ..results import Timings, Usage
 
 QUIET_S = 2.0  # what is over sooner needs no meter
@@ -19,15 +23,6 @@ SECONDS_BETWEEN = 0.2, 10.0  # updates: on a terminal, in a log
 def say(text: str) -> None:
     """One line on stderr."""
     print(f"minillm: {text}", file=sys.stderr, flush=True)
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 
 def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
@@ -48,13 +43,21 @@ def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
     return f"{checkpoint.name}, {weights} in {precision} on {checkpoint.device}; {kept}; {rule}"
 
 
-def facts_after(usage: Usage, timings: Timings) -> str:
-    """What was remembered, how fast it went, and the most memory the process ever held."""
-    return (
+def facts_after(usage: Usage, timings: Timings, memory: MemoryPlan | None) -> str:
+    """What was remembered, how fast it went, and the memory that was planned and that the process held at most."""
+    line = (
         f"{usage.prompt_tokens:,} prompt + {usage.completion_tokens:,} new tokens; {remembered(usage)}; "
         f"prompt {timings.prompt_tokens_per_s:,.0f} tok/s, generation {timings.generation_tokens_per_s:,.1f} tok/s, "
-        f"first token {timings.first_token_s:.3f} s; peak memory {size(peak_memory())}"
+        f"first token {timings.first_token_s:.3f} s"
     )
+    if memory is None:
+        return line
+    return f"{line}; memory planned {size(memory.total)}, peak {size(memory.peak)}"
+
+
+def with_memory(facts: dict[str, Any], memory: MemoryPlan | None) -> str:
+    """One JSON object on one line: a result, and the memory that was planned, held and promised."""
+    return json.dumps(facts if memory is None else facts | {"memory": memory.to_dict()}, ensure_ascii=False)
 
 
 def remembered(usage: Usage) -> str:
@@ -65,19 +68,6 @@ def remembered(usage: Usage) -> str:
     if usage.evicted_tokens and usage.oldest_kept is not None:
         line += f", oldest kept {usage.oldest_kept:,}"
     return line
-
-
-def peak_memory() -> int:
-    """The most bytes this process has held in RAM; 0 where the system does not tell (Windows)."""
-    if sys.platform == "linux":  # where ru_maxrss would be at least that of the process that started us
-        with open("/proc/self/status") as status:  # noqa: PTH123
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Meter:

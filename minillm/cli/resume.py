@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -14,18 +13,19 @@ from ..errors import PromptError, SessionError
 from .interrupt import ctrl_c_stops
 from .opening import choose_sampling, load, plan_cache
 from .options import sampling_from_args
-from .report import Meter, facts_after, facts_before, say, size
+from .report import Meter, facts_after, facts_before, say, size, with_memory
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 
 def run_session(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterator[str]) -> int:
-    """Load, answer, save; Ctrl-C ends the answer early and saves it.
+    """Load, answer, save; Ctrl-C ends the answer early and saves it.  Whatever else goes wrong leaves the file alone.
 
-    Whatever else goes wrong leaves the file as it was.  The whole of a fraction is the context, as in `chat`: it must be the same in every call.
+    The whole of a fraction is the context, as in `chat`: it must be the same in every call.
     """
     from ..llm import Conversation
+    from ..saved import check_settings
 
     path: Path = args.session
     goes_on = path.exists()
@@ -33,6 +33,8 @@ def run_session(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterator
     params = choose_sampling(args, checkpoint)
     plan = plan_cache(args, checkpoint, context=None)
     say(facts_before(checkpoint, plan))
+    if goes_on:
+        check_settings(path, checkpoint, plan, chunk=args.chunk)
     llm = load(args, checkpoint, plan)
     talk = Conversation(llm, system=args.system, pin_system=args.pin_system, raw=args.raw)
     if goes_on:
@@ -53,14 +55,13 @@ def run_session(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterator
         for piece in stream:
             if not args.json:
                 print(piece, end="", flush=True)
-    result = stream.result
-    print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else "", flush=True)
-    stopped = result.finish_reason == "abort"
-    if stopped and result.usage.completion_tokens == 0:
-        say(f"interrupted before the answer began; {path} is as it was")
-        return 130
-    talk.save(path)
-    say(f"{'interrupted; ' if stopped else ''}{facts_after(result.usage, result.timings)}; saved to {path}")
+        result = stream.result
+        stopped, begun = result.finish_reason == "abort", result.usage.completion_tokens > 0
+        if begun or not stopped:
+            talk.save(path)
+    print(with_memory(result.to_dict(), llm.memory) if args.json else "", flush=True)
+    kept = f"saved to {path}" if begun or not stopped else f"{path} is as it was"
+    say(f"{'interrupted; ' if stopped else ''}{facts_after(result.usage, result.timings, llm.memory)}; {kept}")
     return 130 if stopped else 0
 
 

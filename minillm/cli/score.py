@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from ..errors import PromptError
 from .opening import load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
 from .prompt_text import add_text_options, read_text
-from .report import Meter, facts_before, remembered, say
+from .report import Meter, facts_before, remembered, say, with_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args, checkpoint, plan)
     score = llm.score(tokens, rows=args.rows, context=args.context, progress=Meter("scoring", "tokens").update)
     if args.json:
-        print(json.dumps(score.to_dict()))
+        print(with_memory(score.to_dict(), llm.memory))
     else:
         print(f"{score.nats_per_token:.4f} nats per token, perplexity {score.perplexity:.3f}, {score.tokens:,} tokens")
         say(f"the last row: {remembered(score.usage)}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ContextFullError, PromptError
-from .opening import load, open_checkpoint, plan_cache
+from ..units import size
+from .opening import open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
 from .prompt_text import read_text
-from .report import Meter, facts_before, remembered, say, size
+from .report import Meter, facts_before, remembered, say, with_memory
 from .tokens import printable
 
 if TYPE_CHECKING:
@@ -54,16 +55,27 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args)
 
     from ..lab.verify import full_plan, require_comparable, verify
+    from ..llm import LLM
+    from ..stream import LOGIT_ROWS
 
     tokens = take(args, checkpoint, text)
     plan = plan_cache(args, checkpoint, context=len(tokens))
     require_comparable(plan, len(tokens))
     say(facts_before(checkpoint, plan))
-    say(f"beside it the full cache of {len(tokens):,} tokens, {size(full_plan(plan, len(tokens)).nbytes)}")
-    llm = load(args, checkpoint, plan)
+    trained = checkpoint.config.max_position_embeddings
+    if len(tokens) > trained:
+        how = "sees a sliding window" if plan.position_mode == "window" else "is no yardstick, for it fails there"
+        say(f"beyond the {trained:,} tokens that {checkpoint.name} was trained for the full cache {how}")
+    beside = full_plan(plan, len(tokens)).nbytes
+    say(f"beside it the full cache of {len(tokens):,} tokens, {size(beside)}")
+    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=2 * LOGIT_ROWS)
+    memory = replace(memory, base=memory.base + beside)
+    memory.require()
+    model = checkpoint.load_model(Meter("loading", "bytes").update)
+    llm = LLM(checkpoint, model, plan, chunk=args.chunk, memory=memory)
     found = verify(llm, tokens, progress=Meter("comparing", "tokens").update)
     if args.json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        print(with_memory(found.to_dict(), memory))
     else:
         for line in table(found):
             print(line)
@@ -78,21 +90,19 @@ def take(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterable[str]) 
     from ..cache import MAX_POSITION
     from ..stream import collect
 
-    trained, sliding = checkpoint.config.max_position_embeddings, args.positions == "window"
-    limit = args.context or (MAX_POSITION if sliding else trained)
+    trained = checkpoint.config.max_position_embeddings
+    limit = args.context or (MAX_POSITION if args.positions == "window" else trained)
     tokens = collect(checkpoint.tokenizer.encode_pieces(text, bos=True), (args.tokens or limit) + 1)  # [n]
     if args.tokens is not None and len(tokens) > args.tokens:
         say(f"only the first {args.tokens:,} tokens of the text are taken, as --tokens says")
         tokens = tokens[: args.tokens]
     if len(tokens) > limit:
-        why = "which --context names" if args.context else f"which {checkpoint.name} was trained for"
-        other = "raise --context" if args.context else "--positions window slides over all of it"
+        why = "of --context" if args.context else f"that {checkpoint.name} was trained for"
+        other = "raise --context" if args.context else "slide over all of it with --positions window"
         raise ContextFullError(
-            f"the text is longer than the {limit:,} tokens {why}, and the full cache it is compared with ends there: "
-            f"take its first ones with --tokens {limit}, or {other}"
+            f"the text is longer than the {limit:,} tokens {why}, where the full cache it is compared with ends: "
+            f"take only its first ones with --tokens {limit}, or {other}"
         )
-    if len(tokens) > trained and not sliding:
-        say(f"warning: beyond {trained:,} tokens, which {checkpoint.name} was trained for, the full cache itself fails")
     return tokens
 
 
@@ -108,8 +118,8 @@ def table(found: Verification) -> Iterator[str]:
         if divergence is not None:
             full, budget, text = map(printable, (divergence.full, divergence.budget, divergence.text))
             yield f"differ first after token {divergence.position:,}: full '{full}', budget '{budget}', text '{text}'"
-    if found.after_eviction is None:
-        yield "attention mass lost: none, every token fits"
+    if not any(lost.highest for lost in parts[-1].lost_mass):
+        yield "attention mass lost: none"
     else:
         yield f"attention mass lost ({parts[-1].queries:,} queries): mean, KV heads, the least possible"
         for index, lost in enumerate(parts[-1].lost_mass):

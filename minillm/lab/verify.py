@@ -119,10 +119,20 @@ def require_comparable(plan: CachePlan, tokens: int) -> None:
 
 
 def full_plan(plan: CachePlan, tokens: int) -> CachePlan:
-    """The yardstick: a cache in the model's own precision that keeps all of a text, with the same kind of positions."""
-    retentions = tuple(Retention(tokens, min(one.sinks, tokens), 0, 1) for one in plan.retentions)
-    everything = {"budget": Budget("all"), "whole": tokens, "policy": make_policy("full"), "retentions": retentions}
-    return replace(plan, **everything, int8=False, on_overflow="evict")  # type: ignore[arg-type]
+    """The yardstick: a cache in the model's own precision that keeps all of a text.
+
+    For a text longer than the model was trained for its positions are the plan's: a sliding window, or extrapolated.
+    """
+    return replace(
+        plan,
+        budget=Budget("all"),
+        whole=tokens,
+        policy=make_policy("full"),
+        retentions=tuple(Retention(tokens, min(one.sinks, tokens), 0, 1) for one in plan.retentions),
+        int8=False,
+        position_mode=plan.position_mode if tokens > plan.config.max_position_embeddings else "absolute",
+        on_overflow="evict",
+    )
 
 
 @torch.inference_mode()
@@ -152,6 +162,7 @@ def verify(llm: LLM, tokens: Tensor, *, progress: Progress | None = None) -> Ver
             pairs = zip(full.layers, bounded.layers, strict=True)
             lost.append(torch.stack([lost_mass(*pair, queries[pair[0].index], at - 1).cpu() for pair in pairs]))
             ends.append(at - 1)
+            llm.check_memory()
             if progress is not None:
                 progress(at, count)
     steps = _Steps(*map(torch.cat, zip(*blocks, strict=True)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..cache import LayerCache
+from ..config import ModelConfig
 from ..eviction import EvictionPolicy
 
 
@@ -21,6 +22,10 @@ class KeyDiff(EvictionPolicy):
     """The key most similar to the mean of the normalised keys in the cache goes first."""
 
     name: ClassVar[str] = "keydiff"
+
+    def scratch(self, config: ModelConfig, item: int) -> int:
+        """The directions of all keys."""
+        return item * config.head_dim
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """Minus the cosine to the mean, up to its length, which is the same for all slots: [B, Hkv, S]."""

@@ -30,6 +30,7 @@ class Scissorhands(EvictionPolicy):
     history: int = 256
     name: ClassVar[str] = "scissorhands"
     needs_attention: ClassVar[bool] = True
+    watching: ClassVar[int] = 21  # 8-byte products of hits and bits, and what the sum and the comparison need
 
     def __post_init__(self) -> None:
         if self.history < 64 or self.history % 64:
@@ -38,6 +39,10 @@ class Scissorhands(EvictionPolicy):
     def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
         """The bits of the last steps."""
         return {"history": ((self.history // 64,), torch.int64)}
+
+    def scratch(self, config: ModelConfig, item: int) -> int:  # noqa: ARG002
+        """Four copies of the bits, while they are counted."""
+        return self.history // 2
 
     def observe_attention_(self, layer: LayerCache, weights: Tensor, positions: Tensor) -> None:
         """Note for weights [B, Hkv, G, n, S'] where they reach the average; n <= 64, so no bit is met twice."""

@@ -1,0 +1,227 @@
+"""The memory plan: every byte that a process will hold, summed up before a byte of weights is read.
+
+Base, weights and cache are exact.  The workspace of a forward pass is arithmetic over shapes, to which a policy adds
+what it declares, and two measured constants cover what no shape tells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from .budget import Budget, CachePlan
+from .cache import query_block
+from .errors import BudgetError
+from .loader import DTYPES, Weights
+from .memory import Guard, held, room
+from .units import size
+
+# Code of the libraries that is paged in, their buffers and just-in-time kernels (oneDNN compiles for 16-bit types):
+# 9 to 12 MiB in float32 and 17 to 25 in bfloat16 were measured with torch 2.13 on 1 and 2 threads of an AMD EPYC.
+RUNTIME_BYTES = {torch.float32: 16 << 20, torch.bfloat16: 30 << 20, torch.float16: 30 << 20}
+# Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
+# Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
+HEAP_WASTE = 0.6
+SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
+
+
+def size_of(text: str | int) -> int:
+    """Bytes that a user names: "6GiB", or a number of them.  Raises BudgetError."""
+    budget = Budget("bytes", text) if isinstance(text, int) and text > 0 else Budget.of(text)
+    if budget.kind != "bytes":
+        raise BudgetError(f"memory '{text}' is not a size such as 6GiB or 512MiB")
+    return int(budget.amount)
+
+
+class Way(NamedTuple):
+    """One way to need less: what it is, the options that do it (of `Checkpoint.plan`, dtype and chunk), the plan."""
+
+    what: str
+    options: dict[str, Any]
+    plan: MemoryPlan
+
+    @property
+    def flags(self) -> str:
+        """The options as on the command line."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a process will hold.
+
+    base: bytes it holds already.  chunk: tokens of a prompt that are read at once.  logit_rows: positions whose logits
+    are computed together (1, or more where texts are scored).  promise: bytes that were promised not to be exceeded.
+    """
+
+    cache: CachePlan
+    weights: Weights
+    base: int
+    device: torch.device
+    chunk: int = 256
+    logit_rows: int = 1
+    promise: int | None = None
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; what a name has in common with others comes first."""
+        parts = {"base": self.base, "weights": self.weights.nbytes(self.cache.dtype)}
+        parts |= {f"cache {name}": count for name, count in self.cache.bytes_by_part().items()}
+        parts |= {f"workspace {name}": count for name, count in self._workspace().items()}
+        # A tensor that is converted is there twice for a moment, when cache and workspace are not there yet.
+        loading = self.weights.converted(self.cache.dtype) if self.device.type == "cpu" else 0
+        later = sum(count for name, count in parts.items() if name.startswith(("cache", "workspace")))
+        return parts | {"conversion": loading - later} if loading > later else parts
+
+    @property
+    def total(self) -> int:
+        """The most bytes at once."""
+        return sum(self.parts.values())
+
+    def changed(self, *, chunk: int | None = None, **options: Any) -> MemoryPlan:
+        """The plan with other options, see CachePlan.of; raises BudgetError where they cannot be."""
+        return replace(self, cache=self.cache.changed(**options), chunk=chunk or self.chunk)
+
+    def largest(self, limit: int) -> MemoryPlan | None:
+        """The same with the largest budget that fits; None if not even one token does.
+
+        No more than the whole context, and with a policy that evicts, so that it can go on for ever.
+        """
+        rule = {} if self.cache.policy.evicts else {"policy": None}
+        return self._most(limit, self.cache.whole, lambda slots: self.changed(budget=slots, **rule))
+
+    def _most(self, limit: int, most: int, plan_of: Callable[[int], MemoryPlan]) -> MemoryPlan | None:
+        """plan_of(n) with the largest n in 1..most whose total fits, by bisection."""
+
+        def total(number: int) -> int:
+            try:
+                return plan_of(number).total
+            except BudgetError:  # too few slots for the options: that is for the plan itself to say
+                return 0
+
+        found = bisect_right(range(1, most + 1), limit, key=total)
+        return plan_of(found) if found else None
+
+    def three_ways(self, limit: int) -> list[Way]:
+        """A smaller budget, a smaller dtype, and a shorter context, each as large as `limit` bytes allow.
+
+        A context means nothing to a budget in tokens or bytes: then a smaller chunk.  What cannot help is left out.
+        """
+        ways = [self._smaller_budget(limit), self._smaller_dtype(limit), self._shorter(limit)]
+        return [way for way in ways if way is not None and way.plan.total <= limit]
+
+    def _smaller_budget(self, limit: int) -> Way | None:
+        try:
+            plan = self.largest(limit)
+        except BudgetError:
+            return None
+        if plan is None:
+            return None
+        options: dict[str, Any] = {"budget": plan.cache.slots}
+        if not self.cache.policy.evicts and self.cache.request.get("policy"):
+            options["policy"] = plan.cache.policy.name
+        return Way("a smaller budget", options, plan)
+
+    def _smaller_dtype(self, limit: int) -> Way | None:
+        wide = self.cache.dtype.itemsize > 2
+        for options in ({"kv_dtype": "int8"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "kv_dtype": "int8"}):
+            if ("dtype" in options and not wide) or ("kv_dtype" in options and self.cache.int8):
+                continue
+            plan = self.changed(**{name: DTYPES.get(value, value) for name, value in options.items()})  # type: ignore[arg-type]
+            if plan.total <= limit:
+                return Way("a smaller dtype", dict(options), plan)
+        return None
+
+    def _shorter(self, limit: int) -> Way | None:
+        if self.cache.budget.kind in ("all", "fraction"):
+            try:
+                plan = self._most(limit, self.cache.whole, lambda whole: self.changed(whole=whole))
+            except BudgetError:
+                return None
+            return None if plan is None else Way("a shorter context", {"context": plan.cache.whole}, plan)
+        plan = self._most(limit, self.chunk, lambda chunk: self.changed(chunk=chunk))
+        return None if plan is None else Way("a smaller chunk", {"chunk": plan.chunk}, plan)
+
+    def require(self) -> None:
+        """Raise BudgetError if the plan needs more than the promise, or than could ever be had; warn if more than now.
+
+        To be called before a byte of weights is read.
+        """
+        (ever, now), promise = room(self.device), self.promise
+        if promise is not None and self.total > promise:
+            raise BudgetError(self._refusal(promise, "--memory is"))
+        if self.total > ever:
+            raise BudgetError(self._refusal(ever, "all that this process could ever have is"))
+        if max(self.total, promise or 0) > now:
+            warnings.warn(
+                f"{size(max(self.total, promise or 0))} are planned and {size(now)} are free now: other processes "
+                "hold the rest, and this one may be stopped by the system",
+                stacklevel=3,
+            )
+
+    def _refusal(self, limit: int, what: str) -> str:
+        ways = [f"{way.flags} ({size(way.plan.total)})" for way in self.three_ways(limit)]
+        remedy = f"it would fit with {' or with '.join(ways)}" if ways else "no budget, dtype or context makes it fit"
+        return f"{size(self.total)} are needed and {what} {size(limit)}: {remedy}"
+
+    def check(self) -> None:
+        """Raise MemoryPromiseError if this process has broken the promise; called after every chunk and token."""
+        if self._guard is not None:
+            self._guard.check()
+
+    @cached_property
+    def _guard(self) -> Guard | None:
+        if self.promise is None:
+            return None
+        slots = self.cache.slots
+        remedy = f"{self.total:,} were planned: lower --budget (now {slots:,} slots) or --chunk (now {self.chunk})"
+        return Guard(self.promise, self.device, f"{remedy}, or raise --memory")
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that this process has held so far."""
+        return held(self.device).peak
+
+    def to_dict(self) -> dict[str, int | None]:
+        """The `memory` object of --json: bytes planned, held at most so far, and promised."""
+        return {"planned": self.total, "peak": self.peak, "promise": self.promise}
+
+    def _workspace(self) -> dict[str, int]:
+        """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
+
+        activations: the stream, its normalised copy and the chunk before, and the three feed-forward products (or
+        queries, keys, values, their rotated copies and the result, whichever is more).  attention: see
+        `attention_bytes`.  logits: those of one token and what is computed to draw the next one, or, three times in
+        float32, those of the positions that are scored together.
+        """
+        plan, config = self.cache, self.cache.config
+        item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
+        widest = max(3 * config.intermediate_size, 4 * heads * config.head_dim)
+        parts = {
+            "activations": plan.rows * self.chunk * (3 * config.hidden_size + widest) * item,
+            "attention": attention_bytes(plan, self.chunk),
+            "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
+        }
+        parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
+        return parts | {"runtime": RUNTIME_BYTES.get(plan.dtype, RUNTIME_BYTES[torch.float32])}
+
+
+def attention_bytes(plan: CachePlan, chunk: int) -> int:
+    """The most bytes that live at once while a block of queries evicts, attends and is observed, per slot and KV head.
+
+    attend: scores, their softmax and the mask of one block.  evict: the order of the slots, 48 bytes, and what the
+    policy declares.  Both: keys and values as numbers to compute with, where they are stored in 8 bits.
+    """
+    config, item = plan.config, plan.dtype.itemsize
+    retention = max(plan.retentions, key=lambda retention: retention.slots)
+    kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, plan.rows))
+    dense = 2 * item * config.head_dim if plan.int8 else 0
+    attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
+    evict = 48 + plan.policy.scratch(config, item) if plan.evicts else 0
+    return plan.rows * kv_heads * retention.slots * (dense + max(attend, evict))
