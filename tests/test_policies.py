@@ -50,31 +50,43 @@ def test_kept_positions_and_outputs_agree_with_the_naive_oracle(entry: Entry, ca
     sinks = dice.randint(0, (slots - every) // 2)
     recent = dice.randint(0, slots - every - sinks)
     window = dice.choice([None, None, slots + 7, max(1, slots // 2)])
+    retention = Retention.of(slots, sinks=sinks, recent=recent, evict_every=every)
+    oracle = NaiveLayer(entry.policy, retention, kv_heads, group, window, index)
+    _agree(oracle, dice, dim, length=dice.randint(slots, 5 * slots + 3), pins=dice.randint(0, retention.room_for_pins))
+
+
+def test_scissorhands_forgets_what_is_longer_ago_than_its_history() -> None:
+    """More steps than the history has bits, so that bits are written over."""
+    oracle = NaiveLayer(EVERY_POLICY["scissorhands of 64"].policy, Retention.of(24, recent=2), kv_heads=1, group=1)
+    torch.manual_seed(0)
+    _agree(oracle, random.Random(0), 4, length=220, pins=0)
+
+
+def _agree(oracle: NaiveLayer, dice: random.Random, dim: int, *, length: int, pins: int) -> None:
+    """Run `length` random tokens through a layer, in random pieces, and through its oracle."""
+    kv_heads, group = oracle.kv_heads, oracle.group
     config = tiny_config(
         num_attention_heads=kv_heads * group,
         num_key_value_heads=kv_heads,
         head_dim=dim,
-        sliding_windows=(window,) * 2,
+        sliding_windows=(oracle.window,) * 2,
     )
-    retention = Retention.of(slots, sinks=sinks, recent=recent, evict_every=every)
-    cache = KVCache(config, entry.policy, retention, dtype=torch.float64)
-    oracle = NaiveLayer(entry.policy, retention, kv_heads, group, window, index)
-
-    length = dice.randint(slots, 5 * slots + 3)
+    cache = KVCache(config, oracle.policy, oracle.retention, dtype=torch.float64)
+    layer = cache.layers[oracle.index]
     q = torch.randn(1, kv_heads * group, length, dim, dtype=torch.float64)
     k, v = torch.randn(2, 1, kv_heads, length, dim, dtype=torch.float64)
-    flags = _random_flags(dice, length, dice.randint(0, retention.room_for_pins))
+    flags = _random_flags(dice, length, pins)
     sizes, at = dice.choice([[1], [1, 2, 7, 100]]), 0
     while at < length:
         n = min(length - at, dice.choice(sizes))
         piece = slice(at, at + n)
         span = cache.append(n, flags=flags[:, piece])
-        output = attend_(cache.layers[index], q[:, :, piece], k[:, :, piece], v[:, :, piece], span)  # [1, H, n, D]
+        output = attend_(layer, q[:, :, piece], k[:, :, piece], v[:, :, piece], span)  # [1, H, n, D]
         for t in range(at, at + n):
             tensors = (tensor[0, :, t].tolist() for tensor in (q, k, v))
             expected = torch.tensor(oracle.step(*tensors, int(flags[0, t])), dtype=torch.float64)  # [H, D]
             torch.testing.assert_close(output[0, :, t - at], expected, rtol=0, atol=1e-12)
-        assert _kept(cache.layers[index]) == oracle.live
+        assert _kept(layer) == oracle.live
         at += n
 
 
@@ -212,7 +224,7 @@ def test_a_copy_of_the_tensors_continues_bit_for_bit(entry: Entry, kept_until: i
 
 @each_policy
 def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> None:
-    """Three rows, 3 tokens apart, decoded together; each has its own flags."""
+    """Three rows, 3 tokens apart, decoded together; each has its own flags.  In 8 bits, where codes cannot be redone."""
     config = tiny_config(num_hidden_layers=1)
     torch.manual_seed(0)
     q = torch.randn(3, 4, 60, 8, dtype=torch.float64)
@@ -225,8 +237,8 @@ def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> Non
         span = cache.append(1, flags=flags[rows, at][:, None])
         return attend_(cache.layers[0], *(x[rows, :, at].unsqueeze(2) for x in (q, k, v)), span)
 
-    together = KVCache(config, entry.policy, retention, rows=3, dtype=torch.float64)
-    alone = [KVCache(config, entry.policy, retention, dtype=torch.float64) for _ in lead]
+    together = KVCache(config, entry.policy, retention, rows=3, dtype=torch.float64, int8=True)
+    alone = [KVCache(config, entry.policy, retention, dtype=torch.float64, int8=True) for _ in lead]
     for row, ahead in enumerate(lead):  # row by row until they are `lead` tokens apart
         for t in range(ahead):
             show(alone[row], [row], [t])

@@ -27,7 +27,7 @@ def commands(mark: str) -> list[str]:
     return [line for language, text in blocks(mark) if language == "bash" for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.filterwarnings("default:the context of")  # shown to users: the demo knows 512 tokens
+@pytest.mark.filterwarnings("default:the sequence is now longer")  # shown to users: the demo knows 512 tokens
 @pytest.mark.parametrize("line", commands("readme: run"))
 def test_commands_run(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -43,11 +43,11 @@ def test_commands_for_the_hub_are_understood(line: str) -> None:
     assert build_parser().parse_args(shlex.split(line, comments=True)[1:]).run
 
 
-def test_snippets_run() -> None:
+def test_snippets_run(tmp_path: Path) -> None:
     snippets = [text for language, text in blocks("readme: run") if language == "python"]
     assert snippets
     for text in snippets:
-        done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "kept_tokens=" in done.stdout
 

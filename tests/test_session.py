@@ -176,8 +176,8 @@ def test_a_session_may_be_saved_between_two_pieces_of_an_answer(llm: LLM, file: 
 
 @POSIX
 def test_saving_killing_loading_and_resuming_again_and_again(folder: Path, tmp_path: Path) -> None:
-    """60 of the 500 cycles that `tools/soak_sessions.py` runs."""
-    met = soak(LLM.load(str(folder), budget=SLOTS), tmp_path, cycles=60, tokens=100)
+    """40 of the 500 cycles that `tools/soak_sessions.py` runs."""
+    met = soak(LLM.load(str(folder), budget=SLOTS), tmp_path, cycles=40, tokens=60)
     print("\n", met)
     assert met["killed while saving"] > 0
     assert met["stages"] > 5

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
     checkpoint = open_checkpoint(args, weights=False)
 
+    from .. import llm  # noqa: F401  # what the commands that run have loaded counts as base
     from ..memory import room
 
     plan = plan_cache(args, checkpoint, context=None)
