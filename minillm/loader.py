@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import ModelConfig, token_ids
 from .errors import CheckpointError, ConfigError
-from .headers import DTYPE_OF, INDEX, PICKLES, SINGLE, Stored, in_brief, stored_tensors
+from .headers import DTYPE_OF, PICKLES, SINGLE, Stored, in_brief, stored_tensors
 from .model import Transformer
 
 DTYPES: Mapping[str, torch.dtype] = {  # what may be asked for
@@ -132,23 +132,24 @@ class Weights:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there are weights in a folder, be it pickles."""
-    return any(path.name in (SINGLE, INDEX) or path.suffix in PICKLES for path in folder.iterdir())
+    """Whether there are weights in a folder, be it pickles or some shards of many."""
+    return any(path.suffix in (".safetensors", *PICKLES) for path in folder.iterdir())
 
 
 def weights_of(folder: Path | None, config: ModelConfig, remote: Mapping[str, Stored] | None = None) -> Weights:
-    """What headers say about the weights, in `folder` or `remote`; what the config says where there are neither.
+    """What headers say about the weights, those given or those in `folder`; what the config says where there are none.
 
     Raises CheckpointError if there are weights in `folder` and they are pickles, or if tensors do not fit `config`.
     """
-    model, here = empty_model(config), folder is not None and has_weights(folder)
-    stored = stored_tensors(folder) if folder is not None and here else remote
+    model, stored = empty_model(config), remote
+    if stored is None and folder is not None and has_weights(folder):
+        stored = stored_tensors(folder)
     if stored is None:
         dtype = DTYPES.get(str(config.dtype), torch.float32)
         return Weights(tuple((parameter.numel(), dtype) for parameter in model.parameters()), "config.json")
     names = _check_fit(folder or Path(), model, stored)
     found = tuple((prod(stored[name].shape), DTYPE_OF[stored[name].dtype]) for name in names)
-    return Weights(found, "the headers of its files" if here else "the hub's headers")
+    return Weights(found, "the headers of its files" if remote is None else "the hub's headers")
 
 
 def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -44,7 +44,7 @@ _WEIGHTS = {
 
 
 def encode(x: Tensor, rows: Tensor) -> Tensor:
-    """Codes of vectors: x [..., n, D] and rows [..., P, D] -> packed bits [..., n, W], dtype and W as in `code_words`."""
+    """Codes of vectors: x [..., n, D] and rows [..., P, D] -> packed bits [..., n, W], as `code_words` says."""
     precise = torch.promote_types(x.dtype, rows.dtype)
     projected: Tensor = x.to(precise) @ rows.to(precise).transpose(-1, -2)  # [..., n, P]
     return pack(projected >= 0)  # [..., n, W]

@@ -33,6 +33,7 @@ FLOORS = (
     ("hub", "engine"),
     ("checkpoint", "results", "stream", "saved", "session"),
     ("llm",),
+    ("conversation",),
     ("",),  # minillm/__init__.py
     ("cli", "server", "lab"),
     ("__main__",),

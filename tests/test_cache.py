@@ -41,8 +41,9 @@ def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int,
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_cutting_in_lower_precision(policy: str) -> None:
-    """float32: logits within 1e-5 of their size as long as kept positions agree (share printed).  bfloat16: printed, nothing is
-    promised.
+    """float32: logits within 1e-5 of their size as long as kept positions agree; the share is printed.
+
+    bfloat16: printed, nothing is promised.
     """
     for dtype in (torch.float32, torch.bfloat16):
         agree, worst, total = 0, 0.0, 4
@@ -107,7 +108,9 @@ def test_bytes_of_the_hash_table() -> None:
     """D = 128 in bfloat16: K and V 512 bytes a slot and head, 16 packed bits 2, 64 bits 8."""
     config = tiny_config(head_dim=128, num_hidden_layers=1, num_key_value_heads=1)
     for bits, size in ((16, 2), (24, 3), (64, 8)):
-        parts = cache_bytes(config, make_policy("hashevict", hash_bits=bits), [Retention.of(1000)], dtype=torch.bfloat16)
+        parts = cache_bytes(
+            config, make_policy("hashevict", hash_bits=bits), [Retention.of(1000)], dtype=torch.bfloat16
+        )
         assert parts["keys"] + parts["values"] == 512 * 1000
         assert parts["codes"] == size * 1000
         assert parts["positions"] == 4 * 1000

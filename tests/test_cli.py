@@ -19,7 +19,7 @@ import pytest
 
 from minillm import LLM
 from minillm.cli.main import main
-from minillm.llm import Conversation
+from minillm.conversation import Conversation
 
 from .tiny_checkpoint import write_checkpoint
 
@@ -88,7 +88,9 @@ def test_one_line_of_facts_before_and_one_after(run: Run, tiny: Path) -> None:
     assert re.search(r"budget 16 tokens = 16 slots, [\d.]+ KiB; policy hashevict", before)
     for name in ("sinks", "recent"):
         assert f"{name} {cache[name]}" in before
-    seen = re.search(r"(\d+) prompt \+ 30 new tokens; seen (\d+), kept ([\d.]+), evicted ([\d.]+)(?:, oldest kept \d+)?;", after)
+    seen = re.search(
+        r"(\d+) prompt \+ 30 new tokens; seen (\d+), kept ([\d.]+), evicted ([\d.]+)(?:, oldest kept \d+)?;", after
+    )
     assert seen is not None
     prompt, entered, kept, evicted = map(float, seen.groups())
     assert entered == prompt + 29, "the last token drawn is never fed"
@@ -98,7 +100,7 @@ def test_one_line_of_facts_before_and_one_after(run: Run, tiny: Path) -> None:
         r"prompt [\d,]+ tok/s",
         r"generation [\d,.]+ tok/s",
         r"first token \d+\.\d+ s",
-        r"peak memory \d+ MiB",
+        r"memory planned \d+ MiB, peak \d+ MiB",
     ):
         assert re.search(fact, after)
 
@@ -107,7 +109,7 @@ def test_json_is_one_object_with_the_documented_fields(run: Run, tiny: Path) -> 
     out, _ = run("generate", PROMPT, "--model", tiny, "--max-tokens", 5, "--ignore-eos", "--json", "--seed", 7)
     assert out.count("\n") == 1
     result = json.loads(out)
-    assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "cache", "timings", "seed"}
+    assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "cache", "timings", "seed", "memory"}
     assert result["usage"].keys() == USAGE
     assert result["cache"].keys() == CACHE
     assert result["timings"].keys() == TIMINGS
@@ -199,7 +201,7 @@ def test_score_of_the_stories(run: Run, stories: Path, shared_data: Path) -> Non
     text = shared_data / "text" / "tinystories.txt"
     cut = ("--separator", "<|endoftext|>", "--context", 512, "--rows", 200)
     score = json.loads(run("score", "--model", stories, "--file", text, *cut, "--json")[0])
-    assert score.keys() == {"tokens", "nats_per_token", "perplexity", "usage", "cache"}
+    assert score.keys() == {"tokens", "nats_per_token", "perplexity", "usage", "cache", "memory"}
     assert score["usage"].keys() == USAGE
     assert score["cache"].keys() == CACHE
     assert score["tokens"] == 200 * 512

@@ -14,7 +14,7 @@ import pytest
 
 from minillm import LLM, SamplingParams
 from minillm.cli.main import main
-from minillm.llm import Conversation
+from minillm.conversation import Conversation
 
 from .tiny_checkpoint import write_checkpoint
 

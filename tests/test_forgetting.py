@@ -141,7 +141,7 @@ def test_an_endless_prompt_is_read_as_it_comes(folder: Path) -> None:
             yield torch.full((64,), 5, dtype=torch.int32)
 
     llm = LLM.load(str(folder), budget=48, chunk=64)
-    stream = llm.stream(endless(), max_tokens=4, progress=lambda done, total: done < 640 or stream.stop())  # type: ignore[func-returns-value]
+    stream = llm.stream(endless(), max_tokens=4, progress=lambda done, _: done < 640 or stream.stop())  # type: ignore[func-returns-value]
     assert asked <= 1
     with pytest.warns(UserWarning, match="longer than the 512"):
         assert stream.finish().finish_reason == ("abort" if asked else "never reached")

@@ -63,7 +63,7 @@ def test_cutting_the_input_on_a_trained_model(folder: str, stories: torch.Tensor
 
 @pytest.mark.slow
 def test_past_the_trained_length_a_window_holds_where_extrapolation_breaks(folder: str, stories: torch.Tensor) -> None:
-    """Rows of 4,096 tokens on a model trained on 512: nats per token by position.  Why --positions window is default."""
+    """Rows of 3,072 tokens on a model trained on 512: nats per token by position.  Why "window" is the default."""
     rows = stories[: 4 * 3072].view(4, 3072)
     model, last = LLM.load(folder, dtype="float32").model, {}
     for policy, slots, mode in (

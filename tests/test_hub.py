@@ -15,10 +15,13 @@ import huggingface_hub
 import pytest
 
 import minillm.hub
+from minillm.cli.main import main
 from minillm.errors import ConfigError, GatedModelError, ModelNotFoundError
+from minillm.headers import stored_tensors
 from minillm.hub import ALIASES, EMBEDDED, HUB_ID, pull, resolve
 
 from .fake_hub import TOKEN, FakeHub, Repo
+from .tiny_checkpoint import write_checkpoint
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,6 +97,39 @@ def test_the_small_files_are_enough_to_plan(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="not in the cache"):
         resolve("org/open", cache_dir=tmp_path, offline=True)
     assert _files(resolve("org/open", cache_dir=tmp_path, progress=False)) == WANTED.keys()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_plan_reads_the_headers_and_no_weights(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = write_checkpoint(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    stored = stored_tensors(folder)
+    if sharded:
+        files["a.safetensors"] = files.pop("model.safetensors")
+        index = {"weight_map": dict.fromkeys(stored, "a.safetensors")}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    other = json.loads(files["config.json"]) | {"hidden_size": 64, "intermediate_size": 64}
+    repos = {
+        "org/model": files,
+        "org/other": files | {"config.json": json.dumps(other).encode()},
+        "org/broken": files | {name: b"\0" * 300 for name in files if name.endswith(".safetensors")},
+    }
+    with FakeHub({name: Repo({"main": content}) for name, content in repos.items()}) as hub:
+        _connect(hub.url, monkeypatch)
+        assert main(["plan", "--model", "org/model", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert not any(name.endswith(".safetensors") for name in hub.downloaded())
+        assert found["weights_from"] == "the hub's headers"
+        assert found["bytes"]["weights"] == sum(entry.nbytes for entry in stored.values())
+        assert main(["plan", "--model", "org/other"]) == 2
+        assert "are not those of its config.json" in capsys.readouterr().err
+        assert main(["plan", "--model", "org/broken", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weights_from"] == "config.json"
+    assert main(["plan", "--model", "org/model", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights_from"] == "config.json"
 
 
 def test_a_second_pull_brings_up_to_date(hub: FakeHub, tmp_path: Path) -> None:

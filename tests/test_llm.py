@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm import LLM, ContextFullError, PromptError, SamplingParams
-from minillm.llm import Conversation
+from minillm.conversation import Conversation
 
 from .helpers import make_cache, run
 from .tiny_checkpoint import write_checkpoint

@@ -74,6 +74,7 @@ def _agree(oracle: NaiveLayer, dice: random.Random, dim: int, *, length: int, pi
     cache = KVCache(config, oracle.policy, oracle.retention, dtype=torch.float64)
     layer = cache.layers[oracle.index]
     q = torch.randn(1, kv_heads * group, length, dim, dtype=torch.float64)
+    q[..., 0] += 2 * (torch.arange(length) / 20).sin()  # what is asked for changes slowly
     k, v = torch.randn(2, 1, kv_heads, length, dim, dtype=torch.float64)
     flags = _random_flags(dice, length, pins)
     sizes, at = dice.choice([[1], [1, 2, 7, 100]]), 0
@@ -224,7 +225,7 @@ def test_a_copy_of_the_tensors_continues_bit_for_bit(entry: Entry, kept_until: i
 
 @each_policy
 def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> None:
-    """Three rows, 3 tokens apart, decoded together; each has its own flags.  In 8 bits, where codes cannot be redone."""
+    """Three rows, 3 tokens apart, decoded together, each with its own flags.  In 8 bits: codes cannot be redone."""
     config = tiny_config(num_hidden_layers=1)
     torch.manual_seed(0)
     q = torch.randn(3, 4, 60, 8, dtype=torch.float64)
@@ -250,5 +251,7 @@ def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> Non
         joint = show(together, [0, 1, 2], now)
         single = torch.cat([show(alone[row], [row], [t]) for row, t in enumerate(now)])
         torch.testing.assert_close(joint, single, rtol=0, atol=1e-12)
-    for row in range(3):
-        assert torch.equal(together.layers[0].positions[row], alone[row].layers[0].positions[0])
+        for row in range(3) if step % 16 == 1 else ():
+            for name in alone[row].layers[0].tensors().keys() - together.fixed:
+                mine, theirs = alone[row].layers[0].tensors()[name][0], together.layers[0].tensors()[name][row]
+                torch.testing.assert_close(theirs, mine, msg=f"{name} of row {row} after {step} steps")

@@ -15,7 +15,7 @@ import torch
 
 from minillm import LLM, BudgetError, ContextFullError, PromptError, SamplingError, SessionError
 from minillm.checkpoint import Checkpoint
-from minillm.llm import Conversation
+from minillm.conversation import Conversation
 from minillm.policies import POLICIES
 from minillm.saved import cache_tensors, settings, small_tensors
 from minillm.session import Session

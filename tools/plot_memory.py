@@ -146,7 +146,7 @@ def table(runs: dict[str, list[Sample]]) -> str:
 
 
 def start_picture() -> tuple[Any, Any, Any]:
-    """(figure, axes, pyplot): no title, labels at the line ends, transparent, in colours that read on white and black."""
+    """(figure, axes, pyplot): no title, labels at line ends, transparent, in colours that read on white and black."""
     import matplotlib as mpl
 
     mpl.use("svg")

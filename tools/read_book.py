@@ -3,10 +3,10 @@
     python tools/read_book.py BOOK.txt [--model minillm-demo] [--slots 512] [--svg tools/book.svg]
 
 Feeds the text as `minillm generate --file` does: tokenised in pieces, in chunks, through one bounded cache, then draws
-eight tokens.  Prints the peak of resident memory (VmHWM) within the first 10,000 tokens and at the end, and the speed of
-the first and of the last tenth of what was read after the cache was full.  The picture shows resident memory above the
-loaded model, as measured, beside the keys and values that a full cache would hold by then, which is arithmetic.  Linux
-only: it reads /proc.
+eight tokens.  Prints the peak of resident memory (VmHWM) within the first 10,000 tokens and at the end, and the speed
+of the first and of the last tenth of what was read after the cache was full.  The picture shows resident memory above
+the loaded model, as measured, beside the keys and values that a full cache would hold by then, which is arithmetic.
+Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -88,9 +88,13 @@ def main() -> None:
     begin, end = speed(full[0], full[tenth]), speed(full[-1 - tenth], full[-1])
     per_token = llm.plan.nbytes // llm.plan.slots
     print(f"{usage.prompt_tokens:,} tokens of {args.book.name}; seen {usage.seen_tokens:,}, kept {usage.kept_tokens:,}")
-    print(f"peak of the first {EARLY:,} tokens {early / MB:.1f} MB, of all {late / MB:.1f} MB: {(late - early) / MB:+.1f}")
+    print(
+        f"peak of the first {EARLY:,} tokens {early / MB:.1f} MB, of all {late / MB:.1f} MB: {(late - early) / MB:+.1f}"
+    )
     print(f"first tenth {begin:,.0f} tok/s, last tenth {end:,.0f} tok/s: {100 * (end / begin - 1):+.1f}%")
-    print(f"a full cache would hold {per_token * usage.seen_tokens / MB:,.0f} MB; this one {llm.plan.nbytes / MB:.1f} MB")
+    print(
+        f"a full cache would hold {per_token * usage.seen_tokens / MB:,.0f} MB; this one {llm.plan.nbytes / MB:.1f} MB"
+    )
     if args.svg:
         config = llm.checkpoint.config
         token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -79,7 +79,9 @@ def main() -> None:
         samples.append((cache.seen[0], held().now))
         if done % (10 * args.check) == 0 or done >= args.tokens:
             rate = 10 * args.check / (now - before)
-            print(f"{cache.seen[0]:>10,} tokens  {samples[-1][1] / 1e6:8.2f} MB resident  {rate:8.0f} tok/s", flush=True)
+            print(
+                f"{cache.seen[0]:>10,} tokens  {samples[-1][1] / 1e6:8.2f} MB resident  {rate:8.0f} tok/s", flush=True
+            )
             before = now
     settled = samples[len(samples) // 10 :]
     spread = max(size for _, size in settled) - min(size for _, size in settled)

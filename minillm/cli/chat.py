@@ -15,7 +15,7 @@ from .options import add_cache_options, add_model_options, add_sampling_options
 from .report import Meter, facts_after, facts_before, remembered, say, size, with_memory
 
 if TYPE_CHECKING:
-    from ..llm import Conversation
+    from ..conversation import Conversation
     from ..sampling import SamplingParams
 
 HELP = (
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Read a line, answer it, and again, until /quit or the end of input."""
     checkpoint = open_checkpoint(args)
 
-    from ..llm import Conversation
+    from ..conversation import Conversation
 
     if args.system is not None and checkpoint.template is None:
         raise PromptError(f"--system needs a chat template, and {checkpoint.name} has none: leave it out")

@@ -24,7 +24,7 @@ def run_session(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterator
 
     The whole of a fraction is the context, as in `chat`: it must be the same in every call.
     """
-    from ..llm import Conversation
+    from ..conversation import Conversation
     from ..saved import check_settings
 
     path: Path = args.session

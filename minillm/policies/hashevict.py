@@ -106,7 +106,7 @@ class HashEvict(EvictionPolicy):
         return {"projection": rows}
 
     def scratch(self, config: ModelConfig, item: int) -> int:
-        """Codes while their ones are counted, a number for every query, and all keys in float32 while they are centred."""
+        """Codes while their ones are counted, numbers for each query, and keys in float32 while they are centred."""
         words, dtype = lsh.code_words(self.hash_bits)
         group = config.num_attention_heads // config.num_key_value_heads
         counting = 4 * words * dtype.itemsize * group + 16 * self.recent_queries

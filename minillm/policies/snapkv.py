@@ -47,7 +47,7 @@ class SnapKV(EvictionPolicy):
         group = config.num_attention_heads // config.num_key_value_heads
         return {"queries": ((self.observed, group, config.head_dim), torch.float32)}
 
-    def scratch(self, config: ModelConfig, item: int) -> int:  # noqa: ARG002
+    def scratch(self, config: ModelConfig, item: int) -> int:
         """Scores of the window, masked and as weights, and keys and values in float32."""
         group = config.num_attention_heads // config.num_key_value_heads
         return 12 * group * (self.observed + 1) + (8 * config.head_dim if item < 4 else 0)
