@@ -168,11 +168,17 @@ class LayerCache:
 
     def dense(self, reach: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `reach` slots, each [B, Hkv, reach, D], as numbers to compute with."""
-        keys, values = self.keys[:, :, :reach], self.values[:, :, :reach]
+        return self.dense_keys(reach, dtype), self._dense(self.values, 1, reach, dtype)
+
+    def dense_keys(self, reach: int | None, dtype: torch.dtype) -> Tensor:
+        """Keys alone: [B, Hkv, reach, D]."""
+        return self._dense(self.keys, 0, reach, dtype)
+
+    def _dense(self, stored: Tensor, which: int, reach: int | None, dtype: torch.dtype) -> Tensor:
+        dense = stored[:, :, :reach].to(dtype)  # [B, Hkv, reach, D]
         if self.scales is None:
-            return keys.to(dtype), values.to(dtype)
-        scales = self.scales[:, :, :reach].to(dtype)  # [B, Hkv, reach, 2]
-        return keys.to(dtype).mul_(scales[..., :1]), values.to(dtype).mul_(scales[..., 1:])
+            return dense
+        return dense.mul_(self.scales[:, :, :reach, which, None].to(dtype))
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

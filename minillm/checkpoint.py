@@ -19,7 +19,7 @@ from .budget import Budget, CachePlan
 from .chat import ChatTemplate
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
-from .memory import held
+from .memory import held, trim
 from .model import Transformer
 from .planner import MemoryPlan, size_of
 from .stream import LOGIT_ROWS
@@ -133,6 +133,7 @@ class Checkpoint:
         """
         with suppress(CheckpointError):  # none there: whoever needs it will say so
             self.tokenizer  # noqa: B018
+        trim()
         return held(self.device).now
 
     @cached_property

@@ -5,10 +5,12 @@ Reads /proc and /sys/fs/cgroup, and asks torch about CUDA.  It must not know wha
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +45,13 @@ def held(device: torch.device | str = "cpu") -> Held:
         return Held(0, 0)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Held(most, most)  # the present is not to be had
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, where the C library can (glibc): what is held is then what is in use."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Room(NamedTuple):

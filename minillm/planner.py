@@ -1,6 +1,7 @@
 """The memory plan: every byte that a process will hold, summed up before a byte of weights is read.
 
-Base, weights and cache are exact.  The workspace of a forward pass is arithmetic over shapes, to which a policy adds
+Base, weights and cache are exact; but rows of an embedding that no token has asked for stay on the disk where weights
+are memory-mapped, so that less may be held than was planned.  The workspace of a forward pass is arithmetic over shapes, to which a policy adds
 what it declares, and two measured constants cover what no shape tells.
 """
 
@@ -28,6 +29,7 @@ RUNTIME_BYTES = {torch.float32: 16 << 20, torch.bfloat16: 30 << 20, torch.float1
 # Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
+CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
 
@@ -75,7 +77,8 @@ class MemoryPlan:
         parts |= {f"cache {name}": count for name, count in self.cache.bytes_by_part().items()}
         parts |= {f"workspace {name}": count for name, count in self._workspace().items()}
         # A tensor that is converted is there twice for a moment, when cache and workspace are not there yet.
-        loading = self.weights.converted(self.cache.dtype) if self.device.type == "cpu" else 0
+        converted = self.weights.converted(self.cache.dtype) if self.device.type == "cpu" else 0
+        loading = converted and converted + CONVERSION_BYTES
         later = sum(count for name, count in parts.items() if name.startswith(("cache", "workspace")))
         return parts | {"conversion": loading - later} if loading > later else parts
 

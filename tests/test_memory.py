@@ -164,7 +164,7 @@ def addresses(cache: KVCache) -> list[tuple[str, int, int]]:
     return [
         (f"{index}.{name}", value.data_ptr(), value.nbytes)
         for index, layer in enumerate(cache.layers)
-        for name, value in vars(layer).items()
+        for name, value in (vars(layer) | layer.state).items()
         if isinstance(value, torch.Tensor)
     ]
 

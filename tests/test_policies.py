@@ -254,4 +254,6 @@ def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> Non
         for row in range(3) if step % 16 == 1 else ():
             for name in alone[row].layers[0].tensors().keys() - together.fixed:
                 mine, theirs = alone[row].layers[0].tensors()[name][0], together.layers[0].tensors()[name][row]
-                torch.testing.assert_close(theirs, mine, msg=f"{name} of row {row} after {step} steps")
+                torch.testing.assert_close(
+                    theirs, mine, rtol=0, atol=1e-5, msg=f"{name} of row {row} after {step} steps"
+                )

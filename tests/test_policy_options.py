@@ -125,6 +125,46 @@ def test_a_long_key_is_liked_more_or_disliked_more() -> None:
         assert all(gone not in head for head in layer.positions[0].tolist())
 
 
+def test_weighted_scores_are_exact_products() -> None:
+    """A whole number of bits times a norm of three digits has more than three: rounded to three, many would tie."""
+    cache = _cache("hashevict", 64, group=3, hash_bits=64, norm_weighted=True)
+    keys, query = _random(2, 64), _random(6, 1, seed=1)
+    layer = _show(cache, torch.zeros(6, 64, 8, dtype=torch.float64), keys)
+    score = layer.policy.score(layer, query[None, :, 0], keys[None, :, 0], torch.tensor([64]))[0].double()
+    rows = layer.state["projection"][0]
+    for head in range(2):
+        for slot, key in enumerate(keys[head]):
+            liking = sum(
+                a * b
+                for probe in query[3 * head : 3 * head + 3, 0]
+                for a, b in zip(_signs(rows, key), _signs(rows, probe), strict=True)
+            )
+            assert float(score[head, slot]) == liking * float(key.norm().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("policy", ["exact", "keydiff"])
+def test_bfloat16_keys_are_scored_in_float32(policy: str) -> None:
+    """Keys that share a direction: in bfloat16 most scores would be equal, and the oldest would go instead."""
+    config = tiny_config(num_hidden_layers=1, head_dim=64)
+    cache = KVCache(config, make_policy(policy), Retention.of(256), dtype=torch.bfloat16)
+    layer = cache.layers[0]
+    keys = (_random(2, 256, 64) + 20).to(torch.bfloat16)[None]
+    query = (_random(4, 256, 64, seed=1)[None] / 8 + 1).to(torch.bfloat16)
+    attend_(layer, query, keys, keys, cache.append(256))
+    score = layer.policy.score(layer, query[:, :, -1], keys[:, :, -1], torch.tensor([256]))[0]
+    assert min(len(set(head.tolist())) for head in score) > 200
+
+
+def test_flat_attention_reaches_the_average() -> None:
+    """`scissorhands`: equal weights are all "at least average", whatever the rounding of 1 / n."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        cache = KVCache(tiny_config(num_hidden_layers=1), make_policy("scissorhands"), Retention.of(64), dtype=dtype)
+        zeros = torch.zeros(1, 4, 64, 8, dtype=dtype)
+        attend_(cache.layers[0], zeros, zeros[:, :2], zeros[:, :2], cache.append(64))
+        steps = cache.layers[0].policy.score(cache.layers[0], zeros, zeros, torch.tensor([64]))[0, 0]
+        assert steps.tolist() == list(range(64, 0, -1))
+
+
 def test_authors_setting_is_reproduced() -> None:
     """Their code: 16 bits, 4 sinks, 10 recent, one at a time; the newest key against the cached ones, the largest
     Hamming distance goes, the oldest of several; keys alone decide.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from minillm.policies import POLICIES
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -24,6 +27,23 @@ def test_bench_eager_prints_a_cost_for_every_number_of_slots() -> None:
     rows = re.findall(r"^ +(\d+) slots: window +([\d.]+) +hashevict +([\d.]+)", done.stdout, re.MULTILINE)
     assert [int(slots) for slots, *_ in rows] == [32, 64]
     assert all(float(cost) > 0 for _, *costs in rows for cost in costs)
+
+
+def test_policy_table_has_a_row_for_every_policy() -> None:
+    quick = ("--slots", "32", "64", "--rounds", "2", "--calls", "1", "--heads", "4", "--kv-heads", "2")
+    done = run("policy_table.py", *quick)
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert header[3:] == ["evict at 32", "evict at 64", "token at 32", "token at 64 |"]
+    names = {row[0].strip("| `") for row in rows}
+    assert {name for name, policy in POLICIES.items() if policy.evicts} <= names
+    assert all(len(row) == len(header) for row in rows)
+    done = run("policy_table.py", *quick, "--dtype", "float32", "--json")
+    found = json.loads(done.stdout)
+    costs = found["policies"]["hashevict"]
+    assert costs["slot_bytes"] == 2 * 64 * 4 + 4 + 1 + 2  # key and value, position, flags, 16 bits
+    assert costs["head_bytes"] == 16 * 64 * 4 / 2  # half of a projection that two KV heads share
+    assert all(costs["evict_us"][slots] > 0 for slots in ("32", "64"))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..cache import LayerCache
@@ -23,6 +24,7 @@ class Exact(EvictionPolicy):
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """The sum of q . k over the group: [B, Hkv, S]."""
+        query = query.to(torch.promote_types(query.dtype, torch.float32))  # in bfloat16 many would tie
         summed = query.unflatten(1, (key.shape[1], -1)).sum(2).unsqueeze(3)  # [B, Hkv, D, 1]
-        products: Tensor = layer.dense(None, query.dtype)[0] @ summed  # [B, Hkv, S, 1]
+        products: Tensor = layer.dense_keys(None, query.dtype) @ summed  # [B, Hkv, S, 1]
         return products.squeeze(-1)

@@ -126,7 +126,7 @@ class HashEvict(EvictionPolicy):
         """Freeze the mean of the first keys, and code the first S of them."""
         if not self.centred:
             return
-        keys = layer.dense(None, torch.promote_types(layer.keys.dtype, torch.float32))[0]  # [B, Hkv, S, D]
+        keys = layer.dense_keys(None, torch.promote_types(layer.keys.dtype, torch.float32))  # [B, Hkv, S, D]
         first = keys[:, :, layer.retention.sinks : CENTRE_KEYS]
         mean = (first if first.shape[2] else keys).mean(2)  # [B, Hkv, D]; more sinks than that: of all
         centre = layer.state["centre"]
@@ -170,7 +170,7 @@ class HashEvict(EvictionPolicy):
             liking = each.amax(0)  # [r, B, Hkv, S] -> [B, Hkv, S]
         else:
             liking = self._agreement(codes, probe)
-        return liking * layer.state["norms"] if self.norm_weighted else liking
+        return liking * layer.state["norms"].to(torch.float32) if self.norm_weighted else liking
 
     def _agreement(self, codes: Tensor, probes: Tensor) -> Tensor:
         """codes [B, Hkv, S, W] and probes [B, Hkv, G, W] -> the sum of P - 2 Hamming over G: int64 [B, Hkv, S]."""

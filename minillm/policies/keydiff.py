@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,7 +30,8 @@ class KeyDiff(EvictionPolicy):
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """Minus the cosine to the mean, up to its length, which is the same for all slots: [B, Hkv, S]."""
-        directions = normalize(layer.dense(None, query.dtype)[0], dim=-1)  # [B, Hkv, S, D]
+        precise = torch.promote_types(query.dtype, torch.float32)  # cosines are close: in bfloat16 many would tie
+        directions = normalize(layer.dense_keys(None, precise), dim=-1)  # [B, Hkv, S, D]
         live = (layer.positions >= 0).to(directions.dtype).unsqueeze(2)  # [B, Hkv, 1, S]
         total = live @ directions  # [B, Hkv, 1, D]: the mean, but for its length
         return -(directions @ total.transpose(2, 3)).squeeze(-1)

@@ -47,7 +47,8 @@ class Scissorhands(EvictionPolicy):
     def observe_attention_(self, layer: LayerCache, weights: Tensor, positions: Tensor) -> None:
         """Note for weights [B, Hkv, G, n, S'] where they reach the average; n <= 64, so no bit is met twice."""
         reach = weights.shape[-1]
-        average = 1 / layer.can_see(positions, reach).sum(-1, keepdim=True)  # [B, Hkv, n, 1]
+        seen = layer.can_see(positions, reach).sum(-1, keepdim=True, dtype=torch.float64)  # [B, Hkv, n, 1]
+        average = (1 / seen).to(weights.dtype)  # rounded as the weights are: flat attention reaches it
         hits = weights.mean(2) >= average  # [B, Hkv, n, S']
         step = positions % self.history  # [B, n]
         bits = 1 << step % 64  # [B, n] int64

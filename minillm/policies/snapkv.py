@@ -21,10 +21,11 @@ from ..eviction import EvictionPolicy
 
 @dataclass(frozen=True)
 class SnapKV(EvictionPolicy):
-    """The least attention of the last `observed` queries goes first, averaged over `pooling` neighbours in the text.
+    """The least attention of the last `observed` queries and the current one goes first, averaged over `pooling`
+    neighbours in the text.
 
     The queries are kept (not their weights), and attend again, over the slots only, when a choice is due: the state
-    does not grow with the slots.  The current query is among them.
+    does not grow with the slots.
     """
 
     observed: int = 16
@@ -67,7 +68,7 @@ class SnapKV(EvictionPolicy):
         at = torch.arange(self.observed, device=ring.device)  # [observed]
         back = (now[:, None] - 1 - at) % self.observed + 1  # [B, observed]: how long ago, 1..observed
         at = torch.cat((now[:, None] - back, now[:, None]), 1)  # [B, observed + 1] positions, < 0 where there was none
-        keys = layer.dense(None, ring.dtype)[0]  # [B, Hkv, S, D]
+        keys = layer.dense_keys(None, ring.dtype)  # [B, Hkv, S, D]
         scores = queries.flatten(2, 3) @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
         scores = scores.unflatten(2, (-1, queries.shape[3]))  # [B, Hkv, observed + 1, G, S]
         visible = layer.can_see(at).unsqueeze(3)  # [B, Hkv, observed + 1, 1, S]
