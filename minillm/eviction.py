@@ -57,10 +57,10 @@ class EvictionPolicy(ABC):
         """What `constants_spec` declares: a function of options, model and layer alone, so it need not be saved."""
         return {}
 
-    def scratch(self, config: ModelConfig, item: int) -> int:  # noqa: ARG002
-        """Bytes per slot and KV head that `settle_` or `score` hold for a moment, at `item` bytes a number.
+    def scratch(self, config: ModelConfig, narrow: bool) -> int:  # noqa: ARG002
+        """Bytes per slot and KV head that `settle_` or `score` hold for a moment, as test_memory_plan.py checks.
 
-        Beside `layer.dense`, which is counted; test_memory_plan.py compares with what really lives.
+        narrow: keys are stored in less than 32 bits, so that whoever reads them as float32 makes a copy.
         """
         return 0
 

@@ -99,13 +99,13 @@ def choose_dtype(requested: str, config: ModelConfig, device: torch.device) -> t
     if config.dtype not in ("bfloat16", "float16"):  # float64 gains nothing, and an unnamed dtype is float32
         return torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return DTYPES[config.dtype]
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
     try:
         if platform.machine().lower() in ("x86_64", "amd64"):

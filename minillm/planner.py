@@ -1,8 +1,8 @@
 """The memory plan: every byte that a process will hold, summed up before a byte of weights is read.
 
 Base, weights and cache are exact; but rows of an embedding that no token has asked for stay on the disk where weights
-are memory-mapped, so that less may be held than was planned.  The workspace of a forward pass is arithmetic over shapes, to which a policy adds
-what it declares, and two measured constants cover what no shape tells.
+are memory-mapped, so that less may be held than was planned.  The workspace of a forward pass is arithmetic over
+shapes, to which a policy adds what it declares, and measured constants cover what no shape tells.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from .budget import Budget, CachePlan
 from .cache import query_block
 from .errors import BudgetError
-from .loader import DTYPES, Weights
+from .loader import DTYPES, Weights, cpu_has_bfloat16
 from .memory import Guard, held, room
 from .units import size
 
-# Code of the libraries that is paged in, their buffers and just-in-time kernels (oneDNN compiles for 16-bit types):
-# 9 to 12 MiB in float32 and 17 to 25 in bfloat16 were measured with torch 2.13 on 1 and 2 threads of an AMD EPYC.
-RUNTIME_BYTES = {torch.float32: 16 << 20, torch.bfloat16: 30 << 20, torch.float16: 30 << 20}
+# Code of the libraries that is paged in, their buffers, and the tokenizer's cache of words: 5 to 12 MiB were measured
+# with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where the CPU multiplies bfloat16, oneDNN compiles kernels for the
+# shapes it meets: 17 to 31 MiB in all.
+RUNTIME_BYTES, COMPILED_BYTES = 16 << 20, 18 << 20
 # Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
@@ -94,10 +95,13 @@ class MemoryPlan:
     def largest(self, limit: int) -> MemoryPlan | None:
         """The same with the largest budget that fits; None if not even one token does.
 
-        No more than the whole context, and with a policy that evicts, so that it can go on for ever.
+        No more than the whole context, or than the model looks back, and with a policy that evicts, so that it can go
+        on for ever.
         """
+        cache, trained = self.cache, self.cache.config.max_position_embeddings
+        most = cache.whole if cache.request.get("positions") == "absolute" else min(cache.whole, trained)
         rule = {} if self.cache.policy.evicts else {"policy": None}
-        return self._most(limit, self.cache.whole, lambda slots: self.changed(budget=slots, **rule))
+        return self._most(limit, most, lambda slots: self.changed(budget=slots, **rule))
 
     def _most(self, limit: int, most: int, plan_of: Callable[[int], MemoryPlan]) -> MemoryPlan | None:
         """plan_of(n) with the largest n in 1..most whose total fits, by bisection."""
@@ -198,33 +202,36 @@ class MemoryPlan:
     def _workspace(self) -> dict[str, int]:
         """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
 
-        activations: the stream, its normalised copy and the chunk before, and the three feed-forward products (or
-        queries, keys, values, their rotated copies and the result, whichever is more).  attention: see
-        `attention_bytes`.  logits: those of one token and what is computed to draw the next one, or, three times in
-        float32, those of the positions that are scored together.
+        activations: the stream, its normalised copy and the chunk before, and the three feed-forward products or the
+        queries, keys, values, their rotated copies and the result, whichever is more.  attention: see
+        `attention_bytes`; beyond what is counted already, as the feed-forward has its turn later.  logits: those of one
+        token and what is computed to draw the next one, or, three times in float32, those of the positions that are
+        scored together.
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
-        widest = max(3 * config.intermediate_size, 4 * heads * config.head_dim)
+        width = plan.rows * self.chunk * item
+        attending, feeding = 4 * heads * config.head_dim, 3 * config.intermediate_size  # numbers per token
         parts = {
-            "activations": plan.rows * self.chunk * (3 * config.hidden_size + widest) * item,
-            "attention": attention_bytes(plan, self.chunk),
+            "activations": width * (3 * config.hidden_size + max(attending, feeding)),
+            "attention": max(0, attention_bytes(plan, self.chunk) - width * max(0, feeding - attending)),
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
-        return parts | {"runtime": RUNTIME_BYTES.get(plan.dtype, RUNTIME_BYTES[torch.float32])}
+        compiles = self.device.type == "cpu" and item < 4 and cpu_has_bfloat16()
+        return parts | {"runtime": RUNTIME_BYTES + (COMPILED_BYTES if compiles else 0)}
 
 
 def attention_bytes(plan: CachePlan, chunk: int) -> int:
     """The most bytes that live at once while a block of queries evicts, attends and is observed, per slot and KV head.
 
-    attend: scores, their softmax and the mask of one block.  evict: the order of the slots, 48 bytes, and what the
-    policy declares.  Both: keys and values as numbers to compute with, where they are stored in 8 bits.
+    attend: scores, their softmax and the mask of one block; keys and values as numbers to compute with, where they are
+    stored in 8 bits.  evict: the order of the slots, 48 bytes, and what the policy declares.
     """
     config, item = plan.config, plan.dtype.itemsize
     retention = max(plan.retentions, key=lambda retention: retention.slots)
     kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, plan.rows))
     dense = 2 * item * config.head_dim if plan.int8 else 0
     attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
-    evict = 48 + plan.policy.scratch(config, item) if plan.evicts else 0
-    return plan.rows * kv_heads * retention.slots * (dense + max(attend, evict))
+    evict = 48 + plan.policy.scratch(config, plan.int8 or item < 4) if plan.evicts else 0
+    return plan.rows * kv_heads * retention.slots * max(dense + attend, evict)

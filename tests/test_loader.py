@@ -381,7 +381,7 @@ def test_auto_on_a_cpu(
 ) -> None:
     config = tiny_config(dtype=stored)
     for has, expected in ((True, with_bfloat16), (False, without)):
-        monkeypatch.setattr(loader, "_cpu_has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(loader, "cpu_has_bfloat16", lambda has=has: has)
         assert choose_dtype("auto", config, CPU) == expected
 
 

@@ -79,7 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight layers, 28 million parameters in float32, which keep 32 KiB a token."""
     folder = write_checkpoint(tmp_path_factory.mktemp("large"))
     sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 64}
-    config = tiny_config(**sizes, num_attention_heads=8, num_key_value_heads=4, sliding_windows=(None,) * 8)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "sliding_windows": (None,) * 8}
+    config = tiny_config(**sizes, **heads, max_position_embeddings=4096)
     save_checkpoint(folder, tiny_model(config), config)
     return folder
 
@@ -91,10 +92,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("float32", 1500, {"budget": 1000}),
         ("bfloat16", 1500, {"budget": 1000, "policy": "h2o"}),
         ("float32", 2040, {"context": 2048}),
-        ("bfloat16", 600, {"budget": 256, "rows": 4, "policy": "window"}),
+        ("bfloat16", 1000, {"budget": 512, "rows": 2, "policy": "window"}),
         ("float32", 1500, {"budget": 1000, "layer_budget": "pyramid", "kv_dtype": "int8", "policy": "keydiff"}),
     ],
-    ids=["float32", "bfloat16-h2o", "full", "four-rows", "pyramid-int8"],
+    ids=["float32", "bfloat16-h2o", "full", "two-rows", "pyramid-int8"],
 )
 def test_planned_is_measured(dtype: str, tokens: int, options: dict[str, Any], folder: Path) -> None:
     found = fresh(str(folder), dtype, tokens, options)
@@ -152,9 +153,10 @@ def test_memory_alone_takes_the_largest_budget_that_fits(options: dict[str, Any]
     assert found.total <= limit
     assert found.cache.evicts
     assert needs(checkpoint, budget=found.cache.slots + 40, context=20_000, **options).total > limit
-    whole = needs(checkpoint, memory="3GiB", context=2000, **options)
-    assert whole.cache.slots == 2000
-    assert whole.cache.evicts  # it can go on for ever, although the context fits
+    for context, positions, slots in ((2000, None, 2000), (5000, None, 4096), (5000, "absolute", 5000)):
+        whole = needs(checkpoint, memory="3GiB", context=context, positions=positions, **options)
+        assert whole.cache.slots == slots  # no more than the model looks back
+        assert whole.cache.evicts  # it can go on for ever, although the context fits
 
 
 def test_memory_and_budget_must_fit_together(checkpoint: Checkpoint) -> None:
@@ -375,3 +377,5 @@ def test_plan_says_whether_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture
         assert all(word in table for word in parts + words)
     assert main(["generate", "hi", "--model", str(folder), "--memory", "1MiB"]) == 2
     assert "makes it fit" in capsys.readouterr().err
+    assert main(["verify", str(folder), "--file", str(folder / "config.json"), "--memory", "6GiB"]) == 2
+    assert "--memory does not count the full cache" in capsys.readouterr().err

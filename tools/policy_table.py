@@ -10,7 +10,7 @@ One layer of TinyLlama's shape (32 query heads, 4 KV heads of 64) with random ke
                     is done a single time, before the first eviction, is left out.  In brackets: times `window`
     token           what every token costs besides: tag its key, and observe its query or its attention weights
 
-Policies take turns in every round, so that a busy machine slows all of them alike; times are medians over the rounds.
+Everything takes its turn in every round, so that a busy machine slows all of it alike; times are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -132,19 +132,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, policy in policies.items()
     }
-    for slots in args.slots:
-        benches = {name: Bench(config, policy, slots, dtype) for name, policy in policies.items()}
-        for done in range(args.rounds):
-            print(f"\r{slots} slots: round {done + 1} of {args.rounds} ", end="", file=sys.stderr, flush=True)
-            for bench in benches.values():
-                bench.round(args.calls)
-        for name, bench in benches.items():
-            rows[name]["evict_us"][slots] = statistics.median(bench.evictions)
-            rows[name]["token_us"][slots] = statistics.median(bench.tokens)
-    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    benches = {
+        (name, slots): Bench(config, policy, slots, dtype) for slots in args.slots for name, policy in policies.items()
+    }
+    for done in range(args.rounds):
+        print(f"\rround {done + 1} of {args.rounds} ", end="", file=sys.stderr, flush=True)
+        for bench in benches.values():
+            bench.round(args.calls)
+    for (name, slots), bench in benches.items():
+        rows[name]["evict_us"][slots] = statistics.median(bench.evictions)
+        rows[name]["token_us"][slots] = statistics.median(bench.tokens)
+    print("\r" + " " * 20 + "\r", end="", file=sys.stderr)
     return {
-        **{"head_dim": args.head_dim, "heads": args.heads, "kv_heads": args.kv_heads, "dtype": args.dtype},
-        **{"threads": args.threads, "torch": torch.__version__, "rounds": args.rounds},
+        "torch": torch.__version__,
+        **{name: getattr(args, name) for name in ("head_dim", "heads", "kv_heads", "dtype", "threads", "rounds")},
         "evict_every": {slots: Retention.of(slots).evict_every for slots in args.slots},
         "policies": rows,
     }

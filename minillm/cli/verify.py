@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if args.model is not None:
             raise ConfigError(f"two models were named, {args.name} and {args.model}: leave one of them out")
         args.model = args.name
+    if args.memory is not None:
+        raise ConfigError("--memory does not count the full cache that verify holds beside the budget: leave it out")
     if args.file is None and sys.stdin.isatty():
         raise PromptError("no text was given: pass it with --file PATH, or on stdin")
     text = read_text(args)

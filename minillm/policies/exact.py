@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import LayerCache
+from ..config import ModelConfig
 from ..eviction import EvictionPolicy
 
 
@@ -21,6 +22,10 @@ class Exact(EvictionPolicy):
     """The lowest q . k goes first, summed over the G query heads of the KV head."""
 
     name: ClassVar[str] = "exact"
+
+    def scratch(self, config: ModelConfig, narrow: bool) -> int:
+        """All keys."""
+        return 4 * config.head_dim if narrow else 0
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """The sum of q . k over the group: [B, Hkv, S]."""

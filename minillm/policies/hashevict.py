@@ -105,12 +105,12 @@ class HashEvict(EvictionPolicy):
         )
         return {"projection": rows}
 
-    def scratch(self, config: ModelConfig, item: int) -> int:
+    def scratch(self, config: ModelConfig, narrow: bool) -> int:
         """Codes while their ones are counted, numbers for each query, and keys in float32 while they are centred."""
         words, dtype = lsh.code_words(self.hash_bits)
         group = config.num_attention_heads // config.num_key_value_heads
         counting = 4 * words * dtype.itemsize * group + 16 * self.recent_queries
-        settling = 4 * config.head_dim * (3 if item < 4 else 1) + 10 * self.hash_bits if self.centred else 0
+        settling = 4 * config.head_dim * (2 if narrow else 1) + 10 * self.hash_bits if self.centred else 0
         return max(counting, settling)
 
     def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:

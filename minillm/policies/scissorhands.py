@@ -40,7 +40,7 @@ class Scissorhands(EvictionPolicy):
         """The bits of the last steps."""
         return {"history": ((self.history // 64,), torch.int64)}
 
-    def scratch(self, config: ModelConfig, item: int) -> int:  # noqa: ARG002
+    def scratch(self, config: ModelConfig, narrow: bool) -> int:  # noqa: ARG002
         """Four copies of the bits, while they are counted."""
         return self.history // 2
 

@@ -48,10 +48,10 @@ class SnapKV(EvictionPolicy):
         group = config.num_attention_heads // config.num_key_value_heads
         return {"queries": ((self.observed, group, config.head_dim), torch.float32)}
 
-    def scratch(self, config: ModelConfig, item: int) -> int:
-        """Scores of the window, masked and as weights, and keys and values in float32."""
+    def scratch(self, config: ModelConfig, narrow: bool) -> int:
+        """Scores of the window, masked and as weights, and all keys."""
         group = config.num_attention_heads // config.num_key_value_heads
-        return 12 * group * (self.observed + 1) + (8 * config.head_dim if item < 4 else 0)
+        return 12 * group * (self.observed + 1) + (4 * config.head_dim if narrow else 0)
 
     def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:
         """Keep the last of the queries [B, H, n, D]."""
