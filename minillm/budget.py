@@ -270,9 +270,17 @@ class CachePlan:
             )
         return room
 
-    def require_pins(self, tokens: int) -> None:
-        """Raise BudgetError if `tokens` pinned tokens, in all, would leave nothing to evict."""
-        retention = self.retention
+    def require_pins(self, tokens: int, end: int) -> None:
+        """Raise BudgetError if `tokens` pinned tokens, in all, the last of them before position `end`, cannot all stay:
+
+        because they would leave nothing to evict, or would fall out of the window that the model can look back.
+        """
+        retention, trained = self.retention, self.config.max_position_embeddings
+        if self.position_mode == "window" and end > trained:
+            raise BudgetError(
+                f"tokens can be pinned up to position {trained:,}, the length that the model was trained for, not "
+                f"{end:,}: later ones would get out of sight; pin earlier, or use --positions absolute"
+            )
         if self.policy.evicts and tokens > retention.room_for_pins:
             raise BudgetError(
                 f"{tokens:,} pinned tokens do not fit: of {retention.slots:,} slots {retention.sinks} are sinks, "

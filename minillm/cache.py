@@ -21,6 +21,7 @@ from .errors import ContextFullError
 if TYPE_CHECKING:
     from .eviction import EvictionPolicy, Retention
 
+PINNED, SPECIAL, PUNCTUATION = 1, 2, 4  # bits of the flags that are written with a token
 NOTHING = -1  # the position of an empty slot and of a padding token: visible to nobody
 MAX_POSITION = torch.iinfo(torch.int32).max
 QUERY_BLOCK = 64  # queries that attend together, at most ...
@@ -44,7 +45,7 @@ class Span:
     host: Tensor  # [B, T] int64, on the CPU
     first: tuple[int, ...]  # B positions
     length: int
-    flags: Tensor | None = None  # [B, T] uint8, see eviction.py; None = no flags
+    flags: Tensor | None = None  # [B, T] uint8; None = no flags
 
 
 class Stretch(NamedTuple):
@@ -71,15 +72,16 @@ class LayerCache:
     values: Tensor  # [B, Hkv, S, D]
     scales: Tensor | None  # [B, Hkv, S, 2] float32: what one step of an int8 key, and of a value, is worth
     positions: Tensor  # [B, Hkv, S] int32: the token in the slot, -1 = nothing
-    flags: Tensor  # [B, Hkv, S] uint8: what was written with the token (eviction.py)
+    flags: Tensor  # [B, Hkv, S] uint8: what was written with the token
     free: Tensor  # [B, Hkv, evict_every] int64: the slots freed by the last eviction, in the order they are filled
     state: dict[str, Tensor]  # what the policy keeps: per slot, per head, and fixed for the layer
     slot_state: tuple[str, ...]  # names of what is kept per slot
     policy: EvictionPolicy
     retention: Retention
     window: int | None  # a query sees positions > its own - window; None = all
-    sinks_stay: bool  # whether it sees the sinks even outside the window
+    far: bool  # whether it sees sinks and pinned tokens even outside the window
     query_block: int  # queries that attend together
+    pins: bool = False  # whether a token was ever pinned: known to the host, so that it costs nothing if not
 
     def __post_init__(self) -> None:
         rows, heads = self.positions.shape[:2]
@@ -156,7 +158,7 @@ class LayerCache:
     def can_see(self, queries: Tensor, reach: int | None = None) -> Tensor:
         """Which of the first `reach` slots the queries at positions [B, n] see: [B, Hkv, n, reach].
 
-        One rule: 0 <= slot <= query, and slot > query - window where there is a window (sinks may be exempt from it).
+        One rule: 0 <= slot <= query, and slot > query - window where there is a window that does not exempt it.
         """
         slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
         queries = queries[:, None, :, None]  # [B, 1, n, 1]
@@ -164,7 +166,19 @@ class LayerCache:
         if self.window is None:
             return visible
         inside = slots > queries - self.window
-        return visible & (inside | (slots < self.retention.sinks) if self.sinks_stay else inside)
+        return visible & (inside | self.exempt(reach) if self.far else inside)
+
+    def exempt(self, reach: int | None = None) -> Tensor:
+        """Which of the first `reach` slots are seen from any distance: [B, Hkv, 1, reach].
+
+        The sinks, and tokens that were pinned within the first window, the only ones that a query can be turned to.
+        """
+        slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
+        stay = slots < self.retention.sinks
+        if self.pins and self.window is not None:
+            pinned = self.flags[:, :, None, :reach] & PINNED > 0
+            stay = stay | (pinned & (slots < self.window + self.retention.sinks))
+        return stay
 
     def dense(self, reach: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `reach` slots, each [B, Hkv, reach, D], as numbers to compute with."""
@@ -213,7 +227,8 @@ class KVCache:
         """Allocate everything: the slots of each layer (one Retention for all, or one each), for `rows` sequences.
 
         int8: store keys and values in 8 bits.  position_mode "window": the length that the model was trained on is a
-        sliding window, in which the sinks always lie just behind the oldest token.  on_overflow: what a token that
+        sliding window, and the sinks always lie just behind the oldest token in it; so do, at their distance from the
+        sinks, tokens that were pinned before that length was reached.  on_overflow: what a token that
         finds no free slot means: another one goes, silently or with a warning the first time, or an error.
         """
         layers = config.num_hidden_layers
@@ -243,7 +258,7 @@ class KVCache:
                     policy=policy,
                     retention=retention,
                     window=self.trained - retention.sinks if far and self.trained is not None else window,
-                    sinks_stay=far,
+                    far=far,
                     query_block=query_block(config, retention, rows),
                 )
             )
@@ -257,6 +272,7 @@ class KVCache:
         self.seen = [0] * self.rows
         for layer in self.layers:
             layer.positions.fill_(NOTHING)
+            layer.pins = False
             for tensor in (layer.flags, layer.free):
                 tensor.zero_()
             for name, tensor in layer.state.items():
@@ -272,11 +288,18 @@ class KVCache:
         most = max(self.seen)
         if most + length > self._fewest:
             self._overflow(most, most + length)
+        if flags is not None and (flags & PINNED).any():
+            self.note_pins()
         first = tuple(self.seen)
         host = torch.tensor(first)[:, None] + torch.arange(padded or length)  # [B, T]
         host[:, length:] = NOTHING
         self.seen = [position + length for position in first]
         return Span(host.to(self.device), host, first, length, None if flags is None else flags.to(self.device))
+
+    def note_pins(self) -> None:
+        """From now on some token may be pinned."""
+        for layer in self.layers:
+            layer.pins = True
 
     def _overflow(self, seen: int, needed: int) -> None:
         """The tokens up to `needed` do not all fit: refuse them, or say so the first time."""

@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from .cache import PINNED, LayerCache, TensorSpec
 from .config import ModelConfig
 from .errors import BudgetError
-
-if TYPE_CHECKING:
-    from .cache import LayerCache, TensorSpec
-
-PINNED, SPECIAL, PUNCTUATION = 1, 2, 4  # bits of the flags that are written with a token
 
 
 class EvictionPolicy(ABC):
@@ -174,7 +170,8 @@ def choose(score: Tensor, layer: LayerCache, now: Tensor) -> Tensor:
     seat = torch.arange(positions.shape[2], device=positions.device)  # [S]
     order = (_sortable(score) << 32) + positions  # [B, Hkv, S]
     protected = (positions < retention.sinks) | (positions >= now[:, None, None] - retention.recent)
-    protected |= layer.flags & PINNED > 0
+    if layer.pins:
+        protected |= layer.flags & PINNED > 0
     order = torch.where(protected, _LAST, order)
     unseen = ~layer.can_see(now[:, None])[:, :, 0]  # [B, Hkv, S]
     age = (positions + 1).to(torch.int64) * len(seat) + seat  # [B, Hkv, S], distinct for empty slots too

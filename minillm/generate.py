@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .eviction import PINNED
+from .cache import PINNED
 from .model import Transformer
 from .sampling import Sample, Sampler
 

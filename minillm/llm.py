@@ -21,7 +21,7 @@ from .cache import MAX_POSITION
 from .chat import Message
 from .checkpoint import Checkpoint
 from .errors import PromptError
-from .eviction import PUNCTUATION, SPECIAL
+from .cache import PUNCTUATION, SPECIAL
 from .generate import feed
 from .hub import EMBEDDED
 from .model import Transformer

@@ -57,13 +57,13 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
         x = self.embed_tokens(tokens)  # [B, T, hidden]
-        rotation, sink_rotation = self._rotation(span.host, x), None
+        rotation, far_rotation = self._rotation(span.host, x), None
         if cache.trained is not None and max(span.first) + span.length > cache.trained:
-            # Attention knows distances only.  A query that asks the sinks as if it stood at the last trained position
-            # sees them just behind its window: nothing in the cache has to be turned again.
-            sink_rotation = self._rotation(span.host.clamp(max=cache.trained - 1), x)
+            # Attention knows distances only.  A query that asks sinks and pins as if it stood at the last trained
+            # position sees the sinks just behind its window: nothing in the cache has to be turned again.
+            far_rotation = self._rotation(span.host.clamp(max=cache.trained - 1), x)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, rotation, sink_rotation, span, layer_cache)
+            x = layer(x, rotation, far_rotation, span, layer_cache)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _rotation(self, positions: Tensor, like: Tensor) -> Rotation:
@@ -83,9 +83,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, sink_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, sink_rotation, span, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, far_rotation, span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -106,14 +106,14 @@ class Attention(nn.Module):
         self.attend = attend_
 
     def forward(
-        self, x: Tensor, rotation: Rotation, sink_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
     ) -> Tensor:
         q = self.q_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, H, D]
         k = self.k_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, Hkv, D]
         v = self.v_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, Hkv, T, D]
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # [B, H, T, D], [B, Hkv, T, D]
-        q_sinks = None if sink_rotation is None else rotate(q, sink_rotation)  # [B, H, T, D]
-        y = self.attend(cache, rotate(q, rotation), rotate(k, rotation), v, span, q_sinks)  # [B, H, T, D]
+        q_far = None if far_rotation is None else rotate(q, far_rotation)  # [B, H, T, D]
+        y = self.attend(cache, rotate(q, rotation), rotate(k, rotation), v, span, q_far)  # [B, H, T, D]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # [B, T, hidden]
 
 

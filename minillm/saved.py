@@ -132,4 +132,6 @@ def _set_numbers(session: Session, numbers: Tensor) -> None:
     seen, pending, pending_pinned, session.pinned = numbers.tolist()
     session.pending, session.pending_pinned = [] if pending == NOTHING else [pending], bool(pending_pinned)
     session.llm.cache.seen = [seen]
+    if session.pinned:
+        session.llm.cache.note_pins()
     session.latest = session.llm.owner = object()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .cache import MAX_POSITION, NOTHING
 from .errors import PromptError, SessionError
-from .eviction import PINNED
+from .cache import PINNED
 from .generate import Pins, feed
 from .results import Usage
 from .sampling import Sampler, SamplingParams
@@ -240,7 +240,8 @@ class Session:
 
     def require_room(self, tokens: int, pins: Pins) -> int:
         """Tokens that may still be fed; raises ContextFullError or BudgetError if these do not fit."""
-        self.llm.plan.require_pins(self.pinned + overlap(pins, 0, MAX_POSITION))
+        end = max((self.seen + stop for _, stop in pins), default=0)
+        self.llm.plan.require_pins(self.pinned + overlap(pins, 0, MAX_POSITION), end)
         return self.llm.plan.require_room(tokens, self.seen)
 
     def whole(self, prompt: Prompt) -> Tensor:

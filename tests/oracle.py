@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from minillm.eviction import PINNED, EvictionPolicy, Retention
+from minillm.cache import PINNED
+from minillm.eviction import EvictionPolicy, Retention
 
 from .oracle_rules import WORTH, Candidate, NaiveCodes, Vector, dot, float32
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from minillm import lsh
-from minillm.eviction import PUNCTUATION, SPECIAL
+from minillm.cache import PUNCTUATION, SPECIAL
 from minillm.policies.fastgen import FastGen
 from minillm.policies.h2o import H2O
 from minillm.policies.hashevict import HashEvict

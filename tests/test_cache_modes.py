@@ -11,9 +11,10 @@ from torch import Tensor
 
 from minillm.backends.reference import attend_
 from minillm.budget import SHAPES, CachePlan, layer_slots
-from minillm.cache import KVCache, PositionMode, cache_bytes, to_int8
+from minillm.cache import PINNED, KVCache, PositionMode, cache_bytes, to_int8
 from minillm.errors import BudgetError
-from minillm.eviction import PINNED, Retention
+from minillm.eviction import Retention
+from minillm.generate import feed
 from minillm.model import Transformer, inverse_frequencies
 from minillm.policies import make_policy
 
@@ -203,9 +204,11 @@ def test_up_to_the_trained_length_the_window_changes_nothing(entry: Entry) -> No
     assert float((window - absolute)[:, TRAINED:].abs().amax(-1).min()) > 1e-6
 
 
-@pytest.mark.parametrize("sinks", [0, 1, SINKS])
-@pytest.mark.parametrize("slots", [24, 64])
-def test_sinks_lie_right_behind_the_window(slots: int, sinks: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "sinks", "pins"),
+    [(24, 0, range(0)), (24, 1, range(0)), (64, SINKS, range(0)), (30, 3, range(5, 9)), (24, 0, range(40, TRAINED))],
+)
+def test_sinks_and_pins_lie_right_behind_the_window(slots: int, sinks: int, pins: range) -> None:
     """Every output of attention, from unrotated queries and keys and the distances that they should seem to have."""
     config = tiny_config(max_position_embeddings=TRAINED, num_hidden_layers=1)
     model = tiny_model(config, dtype=torch.float64)
@@ -222,7 +225,8 @@ def test_sinks_lie_right_behind_the_window(slots: int, sinks: int) -> None:
     qs, ks, vs = [], [], []
     far = 0
     for t, token in enumerate(_tokens(150)[0]):
-        run(model, cache, token.view(1, 1), 1)
+        with torch.inference_mode():
+            list(feed(model, cache, token.view(1, 1), 1, pins=[(0, 1)] if t in pins else []))
         x, output = heard[-1]
         qs, ks, vs = (
             [*past, projected(x).unflatten(0, (-1, dim))]
@@ -233,18 +237,20 @@ def test_sinks_lie_right_behind_the_window(slots: int, sinks: int) -> None:
             query, scores, seen = pairs(qs[t][head]), [], []
             for position in kept_positions(cache)[0][0][head // group]:
                 distance = t - position
-                if position < sinks and t >= TRAINED:  # the window takes 0 .. TRAINED - sinks - 1; sink 0 is the last
-                    distance = TRAINED - 1 - position
+                if t >= TRAINED and distance >= TRAINED - sinks:  # the window takes 0 .. TRAINED - sinks - 1
+                    if position >= sinks and position not in pins:
+                        continue
+                    distance = TRAINED - 1 - position  # sink 0 is the last
                     far += 1
-                elif t >= TRAINED and distance >= TRAINED - sinks:
-                    continue
                 key = pairs(ks[position][head // group])
                 turned = [k * cmath.exp(-1j * distance * f) for k, f in zip(key, frequencies, strict=True)]
                 scores.append(sum((q * k.conjugate()).real for q, k in zip(query, turned, strict=True)) * dim**-0.5)
                 seen.append(vs[position][head // group])
             attended.append(torch.tensor(scores, dtype=torch.float64).softmax(0) @ torch.stack(seen))
         torch.testing.assert_close(output, attention.o_proj(torch.cat(attended)), rtol=0, atol=1e-11)
-    assert far == (150 - TRAINED) * 4 * sinks
+        assert {*pins} <= {*range(t + 1, 150), *kept_positions(cache)[0][0][0]}
+    assert far >= (150 - TRAINED) * 4 * sinks
+    assert not pins or far > (150 - TRAINED) * 4 * (sinks + 1)
 
 
 def test_what_nobody_sees_any_more_goes_first_but_not_the_sinks() -> None:

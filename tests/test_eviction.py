@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from minillm.backends.reference import attend_
-from minillm.cache import KVCache, LayerCache
+from minillm.cache import PINNED, KVCache, LayerCache
 from minillm.errors import BudgetError, ConfigError
-from minillm.eviction import PINNED, Retention, choose
+from minillm.eviction import Retention, choose
 from minillm.policies import make_policy
 
 from .helpers import tiny_config
@@ -33,7 +33,7 @@ def test_choice_order_empty_then_unseen_then_lowest_score_then_oldest() -> None:
     assert choose(score, _layer(positions, retention, window=7), now).tolist() == [[[3, 0, 7, 2, 4]]]
     # pinned tokens are protected like sinks: position 3 (slot 2) stays, and 5 (slot 5) goes in its place
     pinned = _layer(positions, retention)
-    pinned.flags[0, 0, 2] = PINNED
+    pinned.flags[0, 0, 2], pinned.pins = PINNED, True
     assert choose(score, pinned, now).tolist() == [[[3, 4, 7, 6, 5]]]
 
 

@@ -102,9 +102,22 @@ def test_pinned_tokens_stay_and_too_many_are_refused_before_anything_runs() -> N
 def test_more_pins_than_slots(folder: Path) -> None:
     plan = LLM.load(str(folder), budget=48, layer_budget="2,1").plan
     smallest = min(plan.retentions, key=lambda retention: retention.slots)
-    plan.require_pins(smallest.room_for_pins)
+    plan.require_pins(smallest.room_for_pins, 500)
     with pytest.raises(BudgetError, match=f"{smallest.room_for_pins + 1} pinned tokens do not fit: of 32 slots"):
-        plan.require_pins(smallest.room_for_pins + 1)
+        plan.require_pins(smallest.room_for_pins + 1, 500)
+
+
+def test_pins_that_would_get_out_of_sight_are_refused(folder: Path) -> None:
+    session = LLM.load(str(folder), budget=48).session()
+    session.append([5] * 505)
+    session.append([6] * 7, pin=True)  # positions 505 to 511 of the 512 that the model was trained for
+    with pytest.raises(BudgetError, match="can be pinned up to position 512, .* not 513: .* --positions absolute"):
+        session.append([6], pin=True)
+    assert session.seen == 511
+    session.append([5] * 1000)
+    for layer in kept_positions(session.llm.cache):
+        assert all(set(head) >= set(range(505, 512)) for head in layer[0])
+    assert session.usage().kept_range[0] > 7
 
 
 # --- prompts in pieces -----------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from minillm.backends.reference import attend_
-from minillm.cache import KVCache, LayerCache, cache_bytes
-from minillm.eviction import PINNED, PUNCTUATION, SPECIAL, Retention
+from minillm.cache import PINNED, PUNCTUATION, SPECIAL, KVCache, LayerCache, cache_bytes
+from minillm.eviction import Retention
 from minillm.model import Transformer
 from minillm.policies import POLICIES
 

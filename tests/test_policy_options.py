@@ -8,9 +8,9 @@ from torch import Tensor
 
 from minillm import lsh
 from minillm.backends.reference import attend_
-from minillm.cache import KVCache, LayerCache
+from minillm.cache import PUNCTUATION, SPECIAL, KVCache, LayerCache
 from minillm.errors import ConfigError
-from minillm.eviction import PUNCTUATION, SPECIAL, Retention
+from minillm.eviction import Retention
 from minillm.policies import Option, make_policy
 from minillm.policies.random import Random
 

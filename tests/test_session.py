@@ -565,7 +565,7 @@ def test_a_conversation_goes_on_after_loading(chat_folder: Path, file: Path) -> 
 
 
 def test_the_system_message_and_any_other_can_be_pinned(chat_folder: Path) -> None:
-    llm = LLM.load(str(chat_folder), budget=96, recent=8)
+    llm = LLM.load(str(chat_folder), budget=96, recent=8, positions="absolute")
     tokenizer, template = llm.checkpoint.tokenizer, llm.checkpoint.template
     assert template is not None
     talk = Conversation(llm, system="be kind", pin_system=True)

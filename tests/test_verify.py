@@ -76,7 +76,7 @@ def naive_losses(llm: LLM, full: KVCache, tokens: Tensor, ends: list[int]) -> li
             found[-1].append([])
             for head, positions in enumerate(layer.positions[0].tolist()):
                 sees = {p for p in positions if p >= 0 and (layer.window is None or p > now - layer.window)}
-                sees |= {p for p in positions if 0 <= p < layer.retention.sinks and layer.sinks_stay}
+                sees |= {p for p in positions if 0 <= p < layer.retention.sinks and layer.far}
                 group = policy.weights[index][head].mean(0).tolist()  # the weight of each token up to now
                 lost = sum(weight for token, weight in enumerate(group) if token not in sees)
                 found[-1][-1].append((lost, sum(sorted(group, reverse=True)[len(sees) :])))

@@ -12,13 +12,14 @@ from ..cache import LayerCache, Span
 from ..eviction import evict_
 
 
-def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_sinks: Tensor | None = None) -> Tensor:
+def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
     """Attention of new tokens over a layer's slots, which the tokens enter one stretch at a time.
 
     q [B, H, T, D], k and v [B, Hkv, T, D], all after RoPE -> [B, H, T, D]; padding gives zeros.  A stretch lies between
     two evictions: its first token may free slots (judged by that token's query and key), then the whole stretch is
     written, then it attends, then the policy sees what it asked to see.  One token at a time or a thousand: the same
-    evictions, so the same result.  q_sinks: what to ask the sinks, where they seem nearer than they are (model.py).
+    evictions, so the same result.  q_far: what to ask tokens outside the window that are seen all the same, as if they
+    were nearer (model.py).
     """
     # Written piece by piece: pieces that are collected would lie between the scores and keep the heap from reuse.
     result = torch.zeros_like(q)  # [B, H, T, D]
@@ -27,14 +28,14 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_si
         if evict:
             evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
         layer.write_(k[:, :, start:stop], v[:, :, start:stop], span, start, stop)
-        to_sinks = None if q_sinks is None else q_sinks[:, :, start:stop]
-        result[:, :, start:stop] = attend_slots(layer, queries, positions, layer.reach(span, stop), to_sinks)
+        to_far = None if q_far is None else q_far[:, :, start:stop]
+        result[:, :, start:stop] = attend_slots(layer, queries, positions, layer.reach(span, stop), to_far)
         if layer.policy.needs_queries:
             layer.policy.observe_queries_(layer, queries, positions)
     return result
 
 
-def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_sinks: Tensor | None = None) -> Tensor:
+def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_far: Tensor | None = None) -> Tensor:
     """Queries q [B, H, n, D] at `positions` [B, n] over the first `reach` slots of a layer -> [B, H, n, D].
 
     The softmax is explicit, over the slots only, so that a policy can observe it.
@@ -42,9 +43,13 @@ def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_
     n = q.shape[2]
     keys, values = layer.dense(reach, q.dtype)  # [B, Hkv, S, D] each
     scores = _scores(q, keys)  # [B, Hkv, G, n, S]
-    if q_sinks is not None and layer.sinks_stay:  # the sinks were written first and never left: slots 0, 1, ...
-        sinks = layer.retention.sinks
-        scores[..., :sinks] = _scores(q_sinks, keys[:, :, :sinks])
+    if q_far is not None and layer.far:
+        if layer.pins and layer.window is not None:
+            far = layer.positions[:, :, None, :reach] <= positions[:, None, :, None] - layer.window  # [B, Hkv, n, S]
+            scores = torch.where(far.unsqueeze(2), _scores(q_far, keys), scores)
+        else:  # only sinks, which were written first and never left: slots 0, 1, ...
+            sinks = layer.retention.sinks
+            scores[..., :sinks] = _scores(q_far, keys[:, :, :sinks])
     visible = layer.can_see(positions, reach).unsqueeze(2)  # [B, Hkv, 1, n, S]
     weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
     if layer.policy.needs_attention:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache import KVCache, LayerCache, Span
 from ..model import Attend, Attention, Transformer
 
-Query = tuple[Tensor, Tensor | None]  # of one token [H, D], and as it asks the sinks (model.py)
+Query = tuple[Tensor, Tensor | None]  # of one token [H, D], and as it asks what is far (model.py)
 
 
 def lost_mass(full: LayerCache, bounded: LayerCache, query: Query, position: int) -> Tensor:
@@ -35,13 +35,13 @@ def full_attention(layer: LayerCache, query: Query, at: Tensor) -> Tensor:
 
     The mean over the query heads of each KV head; slot i holds token i.
     """
-    own, to_sinks = query
+    own, to_far = query
     heads, dim = layer.keys.shape[1], own.shape[1]
     keys = layer.keys[0].to(own.dtype).transpose(1, 2) * dim**-0.5  # [Hkv, D, n]
     scores = own.unflatten(0, (heads, -1)) @ keys  # [Hkv, G, n]
-    if to_sinks is not None and layer.sinks_stay:
+    if to_far is not None and layer.far:
         sinks = layer.retention.sinks
-        scores[..., :sinks] = to_sinks.unflatten(0, (heads, -1)) @ keys[..., :sinks]
+        scores[..., :sinks] = to_far.unflatten(0, (heads, -1)) @ keys[..., :sinks]
     weights: Tensor = scores.masked_fill_(~layer.can_see(at)[0], -torch.inf).softmax(-1)  # [Hkv, G, n]
     return weights.mean(1)
 
@@ -53,15 +53,15 @@ def last_queries(model: Transformer, cache: KVCache) -> Iterator[dict[int, Query
 
     def listening(attend: Attend) -> Attend:
         def listen(
-            layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_sinks: Tensor | None = None
+            layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
         ) -> Tensor:
             if layer is cache.layers[layer.index]:
                 exact = torch.promote_types(q.dtype, torch.float32)
                 # Copies: a view would hold the queries of the whole chunk.
                 own = q[0, :, span.length - 1].to(exact, copy=True)  # [H, D]
-                to_sinks = None if q_sinks is None else q_sinks[0, :, span.length - 1].to(exact, copy=True)  # [H, D]
-                found[layer.index] = own, to_sinks
-            return attend(layer, q, k, v, span, q_sinks)
+                to_far = None if q_far is None else q_far[0, :, span.length - 1].to(exact, copy=True)  # [H, D]
+                found[layer.index] = own, to_far
+            return attend(layer, q, k, v, span, q_far)
 
         return listen
 

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..cache import LayerCache, TensorSpec
+from ..cache import PUNCTUATION, SPECIAL, LayerCache, TensorSpec
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import PUNCTUATION, SPECIAL, EvictionPolicy
+from ..eviction import EvictionPolicy
 
 
 @dataclass(frozen=True)
