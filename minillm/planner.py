@@ -225,15 +225,13 @@ class MemoryPlan:
 def attention_bytes(plan: CachePlan, chunk: int) -> int:
     """The most bytes that live at once while a block of queries evicts, attends and is observed, per slot and KV head.
 
-    attend: scores, their softmax and the mask of one block, and under a window the scores once more, as pinned tokens
-    beyond it are asked for by themselves; keys and values as numbers to compute with, where they are stored in 8 bits.
-    evict: the order of the slots, 48 bytes, and what the policy declares.
+    attend: scores, their softmax and the mask of one block; keys and values as numbers to compute with, where they are
+    stored in 8 bits.  evict: the order of the slots, 48 bytes, and what the policy declares.
     """
     config, item = plan.config, plan.dtype.itemsize
     retention = max(plan.retentions, key=lambda retention: retention.slots)
     kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, plan.rows))
     dense = 2 * item * config.head_dim if plan.int8 else 0
-    scores = 3 * item if plan.position_mode == "window" else 2 * item
-    attend = queries * (config.num_attention_heads // kv_heads * (scores + 1) + 3 + plan.policy.watching)
+    attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
     evict = 48 + plan.policy.scratch(config, plan.int8 or item < 4) if plan.evicts else 0
     return plan.rows * kv_heads * retention.slots * max(dense + attend, evict)

@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bfloat16", 1500, {"budget": 1000, "policy": "h2o"}),
         ("float32", 2040, {"context": 2048}),
         ("bfloat16", 1000, {"budget": 512, "rows": 2, "policy": "window"}),
-        ("float32", 1500, {"budget": 1000, "layer_budget": "pyramid", "kv_dtype": "int8", "policy": "keydiff"}),
+        ("float32", 1200, {"budget": 700, "layer_budget": "pyramid", "kv_dtype": "int8", "policy": "keydiff"}),
     ],
     ids=["float32", "bfloat16-h2o", "full", "two-rows", "pyramid-int8"],
 )
@@ -356,9 +356,7 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
         with torch.inference_mode(), Living() as living:
             attend_(cache.layers[0], q, k, k, span, q if plan.position_mode == "window" else None)
         lived, planned = living.most - q.nbytes, attention_bytes(plan, 256)  # the result is counted as an activation
-        case = (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
-        assert lived <= planned, case
-        assert planned <= 2 * lived + MIB or not pinned, case  # pins hold more, and are planned for
+        assert lived <= planned <= 2 * lived + MIB, (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
 
 
 def test_loading_counts_the_tensor_that_is_converted() -> None:

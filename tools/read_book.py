@@ -86,7 +86,8 @@ def main() -> None:
         return (samples[last][0] - samples[first][0]) / (times[last] - times[first])
 
     begin, end = speed(full[0], full[tenth]), speed(full[-1 - tenth], full[-1])
-    per_token = llm.plan.nbytes // llm.plan.slots
+    config = llm.checkpoint.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * llm.plan.dtype.itemsize
     print(f"{usage.prompt_tokens:,} tokens of {args.book.name}; seen {usage.seen_tokens:,}, kept {usage.kept_tokens:,}")
     print(
         f"peak of the first {EARLY:,} tokens {early / MB:.1f} MB, of all {late / MB:.1f} MB: {(late - early) / MB:+.1f}"
@@ -96,9 +97,7 @@ def main() -> None:
         f"a full cache would hold {per_token * usage.seen_tokens / MB:,.0f} MB; this one {llm.plan.nbytes / MB:.1f} MB"
     )
     if args.svg:
-        config = llm.checkpoint.config
-        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        draw(samples, token_bytes * llm.plan.dtype.itemsize, args)
+        draw(samples, per_token, args)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_
     if q_far is not None and layer.far:
         if layer.pins and layer.window is not None:
             far = layer.positions[:, :, None, :reach] <= positions[:, None, :, None] - layer.window  # [B, Hkv, n, S]
-            scores = torch.where(far.unsqueeze(2), _scores(q_far, keys), scores)
+            torch.where(far.unsqueeze(2), _scores(q_far, keys), scores, out=scores)  # no third copy of the scores
         else:  # only sinks, which were written first and never left: slots 0, 1, ...
             sinks = layer.retention.sinks
             scores[..., :sinks] = _scores(q_far, keys[:, :, :sinks])
