@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .cache import KVCache
-from .cache import PINNED
+from .cache import PINNED, KVCache
 from .model import Transformer
 from .sampling import Sample, Sampler
 

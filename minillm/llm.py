@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .budget import CachePlan
-from .cache import MAX_POSITION
+from .cache import MAX_POSITION, PUNCTUATION, SPECIAL
 from .chat import Message
 from .checkpoint import Checkpoint
 from .errors import PromptError
-from .cache import PUNCTUATION, SPECIAL
 from .generate import feed
 from .hub import EMBEDDED
 from .model import Transformer

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import MAX_POSITION, NOTHING
+from .cache import MAX_POSITION, NOTHING, PINNED
 from .errors import PromptError, SessionError
-from .cache import PINNED
 from .generate import Pins, feed
 from .results import Usage
 from .sampling import Sampler, SamplingParams
@@ -195,9 +194,15 @@ class Session:
         load_session(self, Path(path))
 
     def fork(self) -> Session:
-        """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more."""
+        """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more.
+
+        Raises BudgetError where that would break the promise of `memory`.
+        """
         self._require_cache()
         llm = copy(self.llm)
+        if llm.memory is not None:
+            llm.memory = replace(llm.memory, base=llm.memory.base + llm.plan.nbytes)
+            llm.memory.require()
         llm.cache, llm.owner = llm.plan.allocate(llm.checkpoint.device), None
         llm.cache.kinds = self.llm.cache.kinds
         other = Session(llm, self.params)

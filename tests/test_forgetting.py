@@ -111,7 +111,7 @@ def test_pins_that_would_get_out_of_sight_are_refused(folder: Path) -> None:
     session = LLM.load(str(folder), budget=48).session()
     session.append([5] * 505)
     session.append([6] * 7, pin=True)  # positions 505 to 511 of the 512 that the model was trained for
-    with pytest.raises(BudgetError, match="can be pinned up to position 512, .* not 513: .* --positions absolute"):
+    with pytest.raises(BudgetError, match=r"can be pinned up to position 512, .* not 513: .* --positions absolute"):
         session.append([6], pin=True)
     assert session.seen == 511
     session.append([5] * 1000)

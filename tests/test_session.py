@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,16 @@ def test_a_fork_goes_its_own_way(llm: LLM) -> None:
     expected = ids(twin_of, 20)
     assert ids(session, 20) == expected
     llm.session().fork().append("the fork of a session that has not begun")
+
+
+def test_a_fork_counts_as_memory(llm: LLM) -> None:
+    plan = llm.checkpoint.memory_plan(llm.plan, memory="64GiB", chunk=256)
+    roomy = LLM(llm.checkpoint, llm.model, llm.plan, memory=replace(plan, promise=plan.total + llm.plan.nbytes))
+    fork = roomy.session().fork()
+    assert fork.llm.memory is not None
+    assert fork.llm.memory.total == plan.total + llm.plan.nbytes
+    with pytest.raises(BudgetError, match="are needed and --memory is"):
+        fork.fork()
 
 
 @pytest.mark.parametrize("policy", ["full", "window", "hashevict", "l2"])

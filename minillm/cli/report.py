@@ -28,7 +28,9 @@ def say(text: str) -> None:
 def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
     """Which model runs where, and what the budget became; raises CheckpointError for weights that do not fit."""
     retention = plan.retention
-    kept = f"{plan.slots:,} slots, {size(plan.nbytes)}"
+    slots = [layer.slots for layer in plan.retentions]
+    uneven = f" ({min(slots):,} to {max(slots):,} by layer)" if min(slots) < max(slots) else ""
+    kept = f"{plan.slots:,} slots{uneven}, {size(plan.nbytes)}"
     if plan.budget.kind == "fraction" and not plan.budget.keeps_everything:
         kept = f"budget {plan.budget} of {plan.whole:,} tokens = {kept}"
     elif plan.budget.keeps_everything:
