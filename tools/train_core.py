@@ -83,7 +83,7 @@ class Recipe:
         return ModelConfig.from_hf(raw)
 
 
-def causal(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:  # noqa: ARG001
+def causal(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None) -> Tensor:  # noqa: ARG001
     """Attention for training, in the place of the bounded one: q [B, H, T, D] over all earlier k, v [B, Hkv, T, D]."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # [B, H, T, D]
