@@ -63,9 +63,12 @@ def fingerprint(model: str, plan: CachePlan, *, device: torch.device, backend: s
 
 def check_fingerprint(path: Path, saved: Mapping[str, str], ours: Mapping[str, str]) -> None:
     """Raise SessionError, naming every field that differs with both values."""
+    names = {**ours, **saved}
+    if saved.get("policy") != ours.get("policy"):  # which says why the one has options that the other has not
+        names = {name: "" for name in names if name in ours and name in saved}
     differing = [
         f"{name} {saved.get(name, 'none')} (here {ours.get(name, 'none')})"
-        for name in {**ours, **saved}
+        for name in names
         if saved.get(name) != ours.get(name)
     ]
     if differing:
