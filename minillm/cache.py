@@ -1,208 +1,31 @@
-"""The bounded KV cache: a fixed number of slots per layer, allocated once, each tagged with the position of its token.
+"""The bounded KV cache: a fixed number of slots per layer, allocated once, and how big all of it is.
 
-This module knows where tensors live and how big they are.  It does not know how a victim is chosen (eviction.py), what
-a policy stores (policies/), or how attention is computed (backends/).
+What happens in one layer's slots is slots.py's business.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
 from .errors import ContextFullError
+from .slots import NOTHING, PINNED, LayerCache, Span
 
 if TYPE_CHECKING:
-    from .eviction import EvictionPolicy, Retention
+    from .eviction import EvictionPolicy, Retention, TensorSpec
 
-PINNED, SPECIAL, PUNCTUATION = 1, 2, 4  # bits of the flags that are written with a token
-NOTHING = -1  # the position of an empty slot and of a padding token: visible to nobody
 MAX_POSITION = torch.iinfo(torch.int32).max
 QUERY_BLOCK = 64  # queries that attend together, at most ...
 SCORE_BYTES = 4 << 20  # ... and so many fewer that their float32 scores over all slots stay below this
-SMALLEST_VIEW = 64  # attention reads a power-of-two number of slots from here up to S, so only a few shapes ever exist
 
-TensorSpec = tuple[tuple[int, ...], torch.dtype]
 PositionMode = Literal["absolute", "window"]
 Overflow = Literal["evict", "warn", "error"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one forward pass: `length` tokens for each of B rows, at consecutive positions.
-
-    `positions` [B, T] lies on the model's device, `host` is the same on the CPU, `first` the same as plain integers:
-    the decode loop knows positions without asking the device.  T may exceed `length`: the rest is padding at -1.
-    """
-
-    positions: Tensor  # [B, T] int64, on the model's device
-    host: Tensor  # [B, T] int64, on the CPU
-    first: tuple[int, ...]  # B positions
-    length: int
-    flags: Tensor | None = None  # [B, T] uint8; None = no flags
-
-
-class Stretch(NamedTuple):
-    """Tokens start..stop of a span: within it nothing is evicted.  evict, settle: what some row does before it."""
-
-    start: int
-    stop: int
-    evict: bool
-    settle: bool
-
-
-@dataclass
-class LayerCache:
-    """One layer's slots.  Invariant: after construction no tensor here is ever replaced or resized, only written into.
-
-    Worked example with S = 8 slots and evict_every = 2.  Tokens 0..7 fill slots 0..7.  Token 8 finds no free slot, so
-    two victims go, say slots 3 and 5: free = [3, 5].  Token 8 is written to free[(8-8) % 2] = slot 3, token 9 to
-    free[(9-8) % 2] = slot 5, and token 10 finds no free slot again.  The slot of a token follows from its position and
-    `free` alone; nothing has to be counted.
-    """
-
-    index: int
-    keys: Tensor  # [B, Hkv, S, D], after RoPE
-    values: Tensor  # [B, Hkv, S, D]
-    scales: Tensor | None  # [B, Hkv, S, 2] float32: what one step of an int8 key, and of a value, is worth
-    positions: Tensor  # [B, Hkv, S] int32: the token in the slot, -1 = nothing
-    flags: Tensor  # [B, Hkv, S] uint8: what was written with the token
-    free: Tensor  # [B, Hkv, evict_every] int64: the slots freed by the last eviction, in the order they are filled
-    state: dict[str, Tensor]  # what the policy keeps: per slot, per head, and fixed for the layer
-    slot_state: tuple[str, ...]  # names of what is kept per slot
-    policy: EvictionPolicy
-    retention: Retention
-    window: int | None  # a query sees positions > its own - window; None = all
-    far: bool  # whether it sees sinks and pinned tokens even outside the window
-    query_block: int  # queries that attend together
-    pins: bool = False  # whether a token was ever pinned: known to the host, so that it costs nothing if not
-
-    def __post_init__(self) -> None:
-        rows, heads = self.positions.shape[:2]
-        device = self.positions.device
-        self._row = torch.arange(rows, device=device)[:, None, None]  # [B, 1, 1]
-        self._head = torch.arange(heads, device=device)[None, :, None]  # [1, Hkv, 1]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that was allocated for this layer, by name."""
-        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "flags": self.flags}
-        scales = {} if self.scales is None else {"scales": self.scales}
-        return named | scales | {"free": self.free} | self.state
-
-    def stretches(self, span: Span) -> Iterator[Stretch]:
-        """Cut a span so that no row evicts anywhere but at the start of a stretch."""
-        start = 0
-        while start < span.length:
-            now = [first + start for first in span.first]
-            stop = min(span.length, start + self.query_block, start + min(map(self.until_eviction, now)))
-            yield Stretch(start, stop, any(map(self.is_due, now)), self.retention.slots in now)
-            start = stop
-
-    def until_eviction(self, position: int) -> int:
-        """Tokens written before the next eviction, this one included.  S = 8, every 2: 5 -> 3, 8 -> 2, 9 -> 1."""
-        slots, every = self.retention.slots, self.retention.evict_every
-        return slots - position if position < slots else every - (position - slots) % every
-
-    def is_due(self, position: int) -> bool:
-        """Whether the token at this position finds no free slot."""
-        slots, every = self.retention.slots, self.retention.evict_every
-        return position >= slots and (position - slots) % every == 0
-
-    def slots_of(self, span: Span, start: int, stop: int) -> Tensor:
-        """Where the tokens start..stop of a span go: [B, Hkv, n] (or broadcastable) slot indices."""
-        slots, every = self.retention.slots, self.retention.evict_every
-        first = span.first[0]
-        if all(other == first for other in span.first):  # rows in step: a slice says it all
-            if first + start < slots:
-                return span.positions[:, None, start:stop]  # [B, 1, n]
-            phase = (first + start - slots) % every
-            return self.free[:, :, phase : phase + stop - start]  # [B, Hkv, n]
-        positions = span.positions[:, None, start:stop]  # [B, 1, n]
-        phases = ((positions - slots) % every).expand(-1, self.free.shape[1], -1)  # [B, Hkv, n]
-        return torch.where(positions < slots, positions, self.free.gather(2, phases))  # [B, Hkv, n]
-
-    def write_(self, keys: Tensor, values: Tensor, span: Span, start: int, stop: int) -> None:
-        """Store the tokens start..stop: `keys` and `values` are [B, Hkv, n, D]."""
-        at = (self._row, self._head, self.slots_of(span, start, stop))
-        self.positions[at] = span.positions[:, None, start:stop].to(torch.int32)  # [B, 1, n]
-        self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
-        tags = self.policy.tag(self, keys)
-        for name in self.slot_state:
-            self.state[name][at] = tags.get(name, 0)
-        if self.scales is None:
-            self.keys[at], self.values[at] = keys, values
-        else:
-            (self.keys[at], key_scale), (self.values[at], value_scale) = to_int8(keys), to_int8(values)
-            self.scales[at] = torch.cat((key_scale, value_scale), -1)  # [B, Hkv, n, 2]
-
-    def free_(self, victims: Tensor, due: Tensor) -> None:
-        """Empty the slots `victims` [B, Hkv, evict_every] in the rows that are `due` [B], and remember them as free."""
-        due = due[:, None, None]  # [B, 1, 1]
-        at = (self._row, self._head, victims)
-        self.positions[at] = torch.where(due, NOTHING, self.positions[at])
-        self.free.copy_(torch.where(due, victims, self.free))
-
-    def reach(self, span: Span, stop: int) -> int:
-        """How many slots may hold a token once `stop - 1` is written: they fill from 0, so attention skips the rest."""
-        needed, view = max(span.first) + stop, SMALLEST_VIEW
-        while view < needed:
-            view *= 2
-        return min(view, self.retention.slots)
-
-    def can_see(self, queries: Tensor, reach: int | None = None) -> Tensor:
-        """Which of the first `reach` slots the queries at positions [B, n] see: [B, Hkv, n, reach].
-
-        One rule: 0 <= slot <= query, and slot > query - window where there is a window that does not exempt it.
-        """
-        slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
-        queries = queries[:, None, :, None]  # [B, 1, n, 1]
-        visible = (slots >= 0) & (slots <= queries)
-        if self.window is None:
-            return visible
-        inside = slots > queries - self.window
-        return visible & (inside | self.exempt(reach) if self.far else inside)
-
-    def exempt(self, reach: int | None = None) -> Tensor:
-        """Which of the first `reach` slots are seen from any distance: [B, Hkv, 1, reach].
-
-        The sinks, and tokens that were pinned within the first window, the only ones that a query can be turned to.
-        """
-        slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
-        stay = slots < self.retention.sinks
-        if self.pins and self.window is not None:
-            pinned = self.flags[:, :, None, :reach] & PINNED > 0
-            stay = stay | (pinned & (slots < self.window + self.retention.sinks))
-        return stay
-
-    def dense(self, reach: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `reach` slots, each [B, Hkv, reach, D], as numbers to compute with."""
-        return self.dense_keys(reach, dtype), self._dense(self.values, 1, reach, dtype)
-
-    def dense_keys(self, reach: int | None, dtype: torch.dtype) -> Tensor:
-        """Keys alone: [B, Hkv, reach, D]."""
-        return self._dense(self.keys, 0, reach, dtype)
-
-    def _dense(self, stored: Tensor, which: int, reach: int | None, dtype: torch.dtype) -> Tensor:
-        dense = stored[:, :, :reach].to(dtype)  # [B, Hkv, reach, D]
-        if self.scales is None:
-            return dense
-        return dense.mul_(self.scales[:, :, :reach, which, None].to(dtype))
-
-
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., D] -> int8 [..., D] and float32 scales [..., 1], so that x is about int8 * scale.
-
-    The largest element becomes 127: (0.5, -1.0) -> (64, -127) with scale 1 / 127.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127  # [..., 1]
-    return (x / scale).round_().to(torch.int8), scale.to(torch.float32)
 
 
 class KVCache:

@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .cache import PINNED, LayerCache, TensorSpec
 from .config import ModelConfig
 from .errors import BudgetError
+from .slots import PINNED, LayerCache
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype]  # a shape, and what is in it
 
 
 class EvictionPolicy(ABC):

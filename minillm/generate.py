@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .cache import PINNED, KVCache
+from .cache import KVCache
 from .model import Transformer
 from .sampling import Sample, Sampler
+from .slots import PINNED
 
 Pins = Sequence[tuple[int, int]]  # (start, stop) of tokens that are never evicted, counted from the first one fed
 

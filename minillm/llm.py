@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .budget import CachePlan
-from .cache import MAX_POSITION, PUNCTUATION, SPECIAL
+from .cache import MAX_POSITION
 from .chat import Message
 from .checkpoint import Checkpoint
 from .errors import PromptError
@@ -28,6 +28,7 @@ from .planner import MemoryPlan
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
 from .session import Prompt, Session
+from .slots import PUNCTUATION, SPECIAL
 from .stream import Progress, Stream, collect, target_logprobs
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends.reference import attend_
-from .cache import KVCache, LayerCache, Span
+from .cache import KVCache
 from .config import ModelConfig, RopeScaling
+from .slots import LayerCache, Span
 
 Attend = Callable[[LayerCache, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
 Rotation = tuple[Tensor, Tensor]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import NOTHING
 from .errors import SamplingError, SessionError
 from .fingerprint import check_fingerprint, fingerprint
 from .sampling import Sampler, SamplingParams
+from .slots import NOTHING
 from .snapshot import Snapshot, open_snapshot, save_snapshot, snapshot_bytes, specs_of
 
 if TYPE_CHECKING:

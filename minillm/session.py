@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import MAX_POSITION, NOTHING, PINNED
+from .cache import MAX_POSITION
 from .errors import PromptError, SessionError
 from .generate import Pins, feed
 from .results import Usage
 from .sampling import Sampler, SamplingParams
 from .saved import copy_session_, load_session, save_session, session_bytes
+from .slots import NOTHING, PINNED
 from .stream import Progress, Stream, collect, overlap
 
 if TYPE_CHECKING:

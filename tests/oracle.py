@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from minillm.cache import PINNED
 from minillm.eviction import EvictionPolicy, Retention
+from minillm.slots import PINNED
 
 from .oracle_rules import WORTH, Candidate, NaiveCodes, Vector, dot, float32
 

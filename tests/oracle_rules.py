@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from minillm import lsh
-from minillm.cache import PUNCTUATION, SPECIAL
 from minillm.policies.fastgen import FastGen
 from minillm.policies.h2o import H2O
 from minillm.policies.hashevict import HashEvict
@@ -22,6 +21,7 @@ from minillm.policies.l2 import L2
 from minillm.policies.random import Random
 from minillm.policies.scissorhands import Scissorhands
 from minillm.policies.snapkv import SnapKV
+from minillm.slots import PUNCTUATION, SPECIAL
 
 if TYPE_CHECKING:
     from .oracle import NaiveLayer

@@ -24,8 +24,8 @@ TREES = {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for 
 # From the ground up: a room may import from its own floor and from those below it.
 FLOORS = (
     ("errors", "units", "version"),
-    ("config", "headers", "lsh", "memory", "sampling", "text", "vocabulary", "sandbox"),
-    ("cache", "eviction"),
+    ("config", "headers", "layer_budget", "lsh", "memory", "sampling", "text", "vocabulary", "sandbox"),
+    ("slots", "cache", "eviction"),
     ("policies", "backends", "tokenizer", "chat"),
     ("model", "budget"),
     ("generate", "loader", "quant", "parallel", "snapshot", "fingerprint"),

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from minillm.backends.reference import attend_
-from minillm.budget import SHAPES, CachePlan, layer_slots
-from minillm.cache import PINNED, KVCache, PositionMode, cache_bytes, to_int8
+from minillm.budget import CachePlan
+from minillm.cache import KVCache, PositionMode, cache_bytes
 from minillm.errors import BudgetError
 from minillm.eviction import Retention
 from minillm.generate import feed
+from minillm.layer_budget import SHAPES, layer_slots
 from minillm.model import Transformer, inverse_frequencies
 from minillm.policies import make_policy
+from minillm.slots import PINNED, to_int8
 
 from .every_policy import EVERY_POLICY, Entry
 from .helpers import kept_positions, make_cache, run, tiny_config, tiny_model

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from minillm.backends.reference import attend_
-from minillm.cache import PINNED, KVCache, LayerCache
+from minillm.cache import KVCache
 from minillm.errors import BudgetError, ConfigError
 from minillm.eviction import Retention, choose
 from minillm.policies import make_policy
+from minillm.slots import PINNED, LayerCache
 
 from .helpers import tiny_config
 

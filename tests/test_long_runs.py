@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.cache import LayerCache
+from minillm.slots import LayerCache
 
 from .helpers import make_cache, run, tiny_model
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from minillm.backends.reference import attend_
-from minillm.cache import PINNED, PUNCTUATION, SPECIAL, KVCache, LayerCache, cache_bytes
+from minillm.cache import KVCache, cache_bytes
 from minillm.eviction import Retention
 from minillm.model import Transformer
 from minillm.policies import POLICIES
+from minillm.slots import PINNED, PUNCTUATION, SPECIAL, LayerCache
 
 from .every_policy import EVERY_POLICY, Entry
 from .helpers import kept_positions, run, tiny_config, tiny_model

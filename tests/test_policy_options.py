@@ -8,11 +8,12 @@ from torch import Tensor
 
 from minillm import lsh
 from minillm.backends.reference import attend_
-from minillm.cache import PUNCTUATION, SPECIAL, KVCache, LayerCache
+from minillm.cache import KVCache
 from minillm.errors import ConfigError
 from minillm.eviction import Retention
 from minillm.policies import Option, make_policy
 from minillm.policies.random import Random
+from minillm.slots import PUNCTUATION, SPECIAL, LayerCache
 
 from .helpers import tiny_config
 

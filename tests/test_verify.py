@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import BudgetError, ContextFullError, PromptError
-from minillm.cache import KVCache, LayerCache
+from minillm.cache import KVCache
 from minillm.checkpoint import Checkpoint
 from minillm.cli.main import main
 from minillm.generate import feed
@@ -25,6 +25,7 @@ from minillm.lab.verify import full_plan, verify
 from minillm.llm import LLM
 from minillm.model import Attention
 from minillm.policies.full import Full
+from minillm.slots import LayerCache
 from minillm.stream import LOGIT_ROWS
 
 from .helpers import run, tiny_model

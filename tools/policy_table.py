@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from minillm.backends.reference import attend_
-from minillm.cache import KVCache, TensorSpec
+from minillm.cache import KVCache
 from minillm.config import ModelConfig
-from minillm.eviction import EvictionPolicy, Retention, evict_
+from minillm.eviction import EvictionPolicy, Retention, TensorSpec, evict_
 from minillm.policies import POLICIES, make_policy
 
 Options = dict[str, int | float]

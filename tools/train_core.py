@@ -25,12 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm.cache import KVCache, LayerCache, Span
+from minillm.cache import KVCache
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError
 from minillm.eviction import Retention
 from minillm.model import Transformer
 from minillm.policies.full import Full
+from minillm.slots import LayerCache, Span
 
 HELD_OUT_ROWS = 64  # at most, per source, when measuring
 MICRO_TOKENS = 1024  # that a CPU worker computes at a time: its activations then stay in the caches

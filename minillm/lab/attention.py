@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..cache import KVCache, LayerCache, Span
+from ..cache import KVCache
 from ..model import Attend, Attention, Transformer
+from ..slots import LayerCache, Span
 
 Query = tuple[Tensor, Tensor | None]  # of one token [H, D], and as it asks what is far (model.py)
 

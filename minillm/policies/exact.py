@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..cache import LayerCache
 from ..config import ModelConfig
 from ..eviction import EvictionPolicy
+from ..slots import LayerCache
 
 
 @dataclass(frozen=True)

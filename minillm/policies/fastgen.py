@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..cache import PUNCTUATION, SPECIAL, LayerCache, TensorSpec
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, TensorSpec
+from ..slots import PUNCTUATION, SPECIAL, LayerCache
 
 
 @dataclass(frozen=True)

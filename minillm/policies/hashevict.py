@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from .. import lsh
-from ..cache import LayerCache, TensorSpec
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, TensorSpec
+from ..slots import LayerCache
 
 MAX_BITS = 1024
 CENTRE_KEYS = 64  # the first so many keys make the mean

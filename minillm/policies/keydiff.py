@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..cache import LayerCache
 from ..config import ModelConfig
 from ..eviction import EvictionPolicy
+from ..slots import LayerCache
 
 
 @dataclass(frozen=True)

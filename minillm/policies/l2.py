@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..cache import LayerCache, TensorSpec
 from ..config import ModelConfig
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, TensorSpec
+from ..slots import LayerCache
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..cache import LayerCache
 from ..eviction import EvictionPolicy
+from ..slots import LayerCache
 
 MASK = 0xFFFFFFFF
 

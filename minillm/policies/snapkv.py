@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from ..cache import LayerCache, TensorSpec
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, TensorSpec
+from ..slots import LayerCache
 
 
 @dataclass(frozen=True)

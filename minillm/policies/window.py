@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..cache import LayerCache
 from ..eviction import EvictionPolicy
+from ..slots import LayerCache
 
 
 @dataclass(frozen=True)
