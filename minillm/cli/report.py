@@ -47,14 +47,16 @@ def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
 
 def facts_after(usage: Usage, timings: Timings, memory: MemoryPlan | None) -> str:
     """What was remembered, how fast it went, and the memory that was planned and that the process held at most."""
-    line = (
+    return (
         f"{usage.prompt_tokens:,} prompt + {usage.completion_tokens:,} new tokens; {remembered(usage)}; "
         f"prompt {timings.prompt_tokens_per_s:,.0f} tok/s, generation {timings.generation_tokens_per_s:,.1f} tok/s, "
-        f"first token {timings.first_token_s:.3f} s"
+        f"first token {timings.first_token_s:.3f} s{memory_after(memory)}"
     )
-    if memory is None:
-        return line
-    return f"{line}; memory planned {size(memory.total)}, peak {size(memory.peak)}"
+
+
+def memory_after(memory: MemoryPlan | None) -> str:
+    """The end of the line after: planned, and held at most."""
+    return "" if memory is None else f"; memory planned {size(memory.total)}, peak {size(memory.peak)}"
 
 
 def with_memory(facts: dict[str, Any], memory: MemoryPlan | None) -> str:

@@ -10,7 +10,7 @@ from ..errors import PromptError
 from .opening import load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
 from .prompt_text import add_text_options, read_text
-from .report import Meter, facts_before, remembered, say, with_memory
+from .report import Meter, facts_before, memory_after, remembered, say, with_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(with_memory(score.to_dict(), llm.memory))
     else:
         print(f"{score.nats_per_token:.4f} nats per token, perplexity {score.perplexity:.3f}, {score.tokens:,} tokens")
-        say(f"the last row: {remembered(score.usage)}")
+        say(f"the last row: {remembered(score.usage)}{memory_after(llm.memory)}")
     return 0
 
 
