@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -73,11 +74,7 @@ class Budget:
             return max(1, math.floor(self.amount * whole))
         if bytes_of(1) > self.amount:
             raise BudgetError(f"a budget of {self.amount:,} bytes holds no token: one takes {bytes_of(1):,} bytes")
-        low, high = 1, max(1, whole)  # the largest number of slots that fits, by bisection: bytes_of only grows
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if bytes_of(middle) <= self.amount else (low, middle - 1)
-        return low
+        return bisect_right(range(1, max(1, whole) + 1), self.amount, key=bytes_of)  # bytes_of only grows
 
     def __str__(self) -> str:
         if self.kind == "all":
@@ -167,7 +164,10 @@ class CachePlan:
         int8, layers = kv_dtype == "int8", config.num_hidden_layers
 
         def bytes_of(slots: int) -> int:
-            shares = layer_slots(layer_budget, slots, layers, whole)
+            try:
+                shares = layer_slots(layer_budget, slots, layers, whole)
+            except BudgetError:  # too few for this shape: said below, of the slots that the budget comes to
+                return 0
             # the most that the free lists can take
             layouts = [Retention.of(share, evict_every=min(share, evict_every or 32)) for share in shares]
             return sum(cache_bytes(config, rule, layouts, rows=rows, dtype=dtype, int8=int8).values())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import ContextFullError
-from .slots import NOTHING, PINNED, LayerCache, Span
+from .slots import NOTHING, LayerCache, Span
 
 if TYPE_CHECKING:
     from .eviction import EvictionPolicy, Retention, TensorSpec
@@ -31,7 +31,8 @@ Overflow = Literal["evict", "warn", "error"]
 class KVCache:
     """The caches of all layers and the number of tokens each row has seen.
 
-    Append-only: positions come from `append` and nowhere else, so a token can be neither rewound nor written twice.
+    Append-only: positions come from `append` and nowhere else, so no token is written twice.  Only a session may take
+    the last ones back, and only while nothing has been evicted (session.py).
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class KVCache:
         self.seen = [0] * self.rows
         for layer in self.layers:
             layer.positions.fill_(NOTHING)
-            layer.pins = False
+            layer.flagged = False
             for tensor in (layer.flags, layer.free):
                 tensor.zero_()
             for name, tensor in layer.state.items():
@@ -111,18 +112,18 @@ class KVCache:
         most = max(self.seen)
         if most + length > self._fewest:
             self._overflow(most, most + length)
-        if flags is not None and (flags & PINNED).any():
-            self.note_pins()
+        if flags is not None and flags.any():
+            self.note_flags()
         first = tuple(self.seen)
         host = torch.tensor(first)[:, None] + torch.arange(padded or length)  # [B, T]
         host[:, length:] = NOTHING
         self.seen = [position + length for position in first]
         return Span(host.to(self.device), host, first, length, None if flags is None else flags.to(self.device))
 
-    def note_pins(self) -> None:
-        """From now on some token may be pinned."""
+    def note_flags(self) -> None:
+        """From now on some token may have flags."""
         for layer in self.layers:
-            layer.pins = True
+            layer.flagged = True
 
     def _overflow(self, seen: int, needed: int) -> None:
         """The tokens up to `needed` do not all fit: refuse them, or say so the first time."""

@@ -172,7 +172,7 @@ def choose(score: Tensor, layer: LayerCache, now: Tensor) -> Tensor:
     seat = torch.arange(positions.shape[2], device=positions.device)  # [S]
     order = (_sortable(score) << 32) + positions  # [B, Hkv, S]
     protected = (positions < retention.sinks) | (positions >= now[:, None, None] - retention.recent)
-    if layer.pins:
+    if layer.flagged:
         protected |= layer.flags & PINNED > 0
     order = torch.where(protected, _LAST, order)
     unseen = ~layer.can_see(now[:, None])[:, :, 0]  # [B, Hkv, S]

@@ -85,7 +85,7 @@ def in_chunks(pieces: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
 
 
 def flags_of(cache: KVCache, tokens: Tensor, pins: Pins = ()) -> Tensor | None:
-    """What is to be written with tokens [B, T], see eviction.py: uint8 [B, T], or None where it is nothing at all."""
+    """What is to be written with tokens [B, T], see slots.py: uint8 [B, T], or None where it is nothing at all."""
     if cache.kinds is None and not pins:
         return None
     flags = torch.zeros_like(tokens, dtype=torch.uint8) if cache.kinds is None else cache.kinds[tokens.to(torch.int64)]

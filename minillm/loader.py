@@ -152,11 +152,6 @@ def weights_of(folder: Path | None, config: ModelConfig, remote: Mapping[str, St
     return Weights(found, "the headers of its files" if remote is None else "the hub's headers")
 
 
-def weight_bytes(folder: Path | None, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights once loaded as `dtype`; see `weights_of`."""
-    return weights_of(folder, config).nbytes(dtype)
-
-
 def load_model(
     folder: Path,
     config: ModelConfig,

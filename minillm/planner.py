@@ -37,10 +37,10 @@ SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, an
 def size_of(text: str | int) -> int:
     """Bytes that a user names: "6GiB", or a number of them.  Raises BudgetError."""
     try:
-        budget = Budget("bytes", text) if isinstance(text, int) and text > 0 else Budget.of(text)
+        budget = Budget.of(f"{text}B" if isinstance(text, int) else text)
     except BudgetError:
-        budget = Budget.of(None)
-    if budget.kind != "bytes":
+        budget = None
+    if budget is None or budget.kind != "bytes":
         raise BudgetError(f"memory '{text}' is not a size such as 6GiB or 512MiB")
     return int(budget.amount)
 

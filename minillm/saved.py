@@ -133,5 +133,5 @@ def _set_numbers(session: Session, numbers: Tensor) -> None:
     session.pending, session.pending_pinned = [] if pending == NOTHING else [pending], bool(pending_pinned)
     session.llm.cache.seen = [seen]
     if session.pinned:
-        session.llm.cache.note_pins()
+        session.llm.cache.note_flags()
     session.latest = session.llm.owner = object()

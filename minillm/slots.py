@@ -69,7 +69,7 @@ class LayerCache:
     window: int | None  # a query sees positions > its own - window; None = all
     far: bool  # whether it sees sinks and pinned tokens even outside the window
     query_block: int  # queries that attend together
-    pins: bool = False  # whether a token was ever pinned: known to the host, so that it costs nothing if not
+    flagged: bool = False  # whether a token ever had flags: known to the host, so that they cost nothing if not
 
     def __post_init__(self) -> None:
         rows, heads = self.positions.shape[:2]
@@ -119,7 +119,8 @@ class LayerCache:
         """Store the tokens start..stop: `keys` and `values` are [B, Hkv, n, D]."""
         at = (self._row, self._head, self.slots_of(span, start, stop))
         self.positions[at] = span.positions[:, None, start:stop].to(torch.int32)  # [B, 1, n]
-        self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
+        if self.flagged:
+            self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
         tags = self.policy.tag(self, keys)
         for name in self.slot_state:
             self.state[name][at] = tags.get(name, 0)
@@ -163,7 +164,7 @@ class LayerCache:
         """
         slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
         stay = slots < self.retention.sinks
-        if self.pins and self.window is not None:
+        if self.flagged and self.window is not None:
             pinned = self.flags[:, :, None, :reach] & PINNED > 0
             stay = stay | (pinned & (slots < self.window + self.retention.sinks))
         return stay

@@ -69,3 +69,14 @@ def test_bytes_that_hold_nothing() -> None:
 def test_default_policy() -> None:
     for budget, name in ((None, "full"), ("1.0", "full"), ("0.5", "hashevict"), ("64", "hashevict")):
         assert CachePlan.of(tiny_config(), budget=budget, whole=100, dtype=torch.float32).policy.name == name
+
+
+def test_bytes_are_enough_for_an_uneven_shape_or_the_error_names_the_real_slots() -> None:
+    config = tiny_config(num_hidden_layers=4, sliding_windows=(None,) * 4)
+    layout = {"whole": 100, "dtype": torch.float32, "policy": "window", "layer_budget": "first-layers-full"}
+    enough = CachePlan.of(config, budget=60, **layout).nbytes
+    plan = CachePlan.of(config, budget=f"{enough + 4096}B", **layout)
+    assert [retention.slots for retention in plan.retentions][:2] == [100, 100]
+    assert plan.nbytes <= enough + 4096
+    with pytest.raises(BudgetError, match=r"needs 2 x 100 slots for the first layers, and a budget of \d\d a layer"):
+        CachePlan.of(config, budget=f"{enough // 2}B", **layout)

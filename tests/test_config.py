@@ -13,7 +13,7 @@ import torch
 
 from minillm.config import FAMILIES, ModelConfig, RopeScaling
 from minillm.errors import ConfigError
-from minillm.loader import read_config, weight_bytes
+from minillm.loader import read_config, weights_of
 from minillm.model import Transformer
 
 LLAMA: dict[str, Any] = {
@@ -264,7 +264,7 @@ def test_real_files_parse_and_their_index_has_exactly_our_names(name: str, share
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     extra = {key for key in index["weight_map"] if key.endswith("rotary_emb.inv_freq")}  # of old transformers, float32
     assert index["weight_map"].keys() - extra == dict(model.named_parameters()).keys()
-    weights = weight_bytes(None, config, getattr(torch, str(config.dtype)))
+    weights = weights_of(None, config).nbytes(getattr(torch, str(config.dtype)))
     assert index["metadata"]["total_size"] == weights + len(extra) * config.head_dim // 2 * 4
 
 

@@ -34,7 +34,7 @@ def test_choice_order_empty_then_unseen_then_lowest_score_then_oldest() -> None:
     assert choose(score, _layer(positions, retention, window=7), now).tolist() == [[[3, 0, 7, 2, 4]]]
     # pinned tokens are protected like sinks: position 3 (slot 2) stays, and 5 (slot 5) goes in its place
     pinned = _layer(positions, retention)
-    pinned.flags[0, 0, 2], pinned.pins = PINNED, True
+    pinned.flags[0, 0, 2], pinned.flagged = PINNED, True
     assert choose(score, pinned, now).tolist() == [[[3, 4, 7, 6, 5]]]
 
 

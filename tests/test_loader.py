@@ -23,7 +23,7 @@ from minillm.loader import (
     read_config,
     read_generation_defaults,
     save_checkpoint,
-    weight_bytes,
+    weights_of,
 )
 from minillm.model import Transformer
 
@@ -122,7 +122,7 @@ def test_progress_counts_every_byte(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = read_config(folder)
     load_model(folder, config, dtype=torch.float32, device=CPU, progress=lambda *step: seen.append(step))
-    total = weight_bytes(folder, config, torch.float32)
+    total = weights_of(folder, config).nbytes(torch.float32)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
 
@@ -139,13 +139,13 @@ def test_ctrl_c_while_loading_is_a_keyboard_interrupt(folder: Path) -> None:
     assert load(folder).config.num_hidden_layers == LAYERS, "nothing is left behind"
 
 
-def test_weight_bytes_without_loading(folder: Path, model: Transformer) -> None:
+def test_weights_of_without_loading(folder: Path, model: Transformer) -> None:
     held = sum(parameter.nbytes for parameter in load(folder).parameters())
-    assert weight_bytes(folder, model.config, torch.float32) == held
-    assert weight_bytes(None, model.config, torch.bfloat16) == held // 2
-    assert weight_bytes(folder.parent, model.config, torch.float32) == held, "a folder without weights, yet"
+    assert weights_of(folder, model.config).nbytes(torch.float32) == held
+    assert weights_of(None, model.config).nbytes(torch.bfloat16) == held // 2
+    assert weights_of(folder.parent, model.config).nbytes(torch.float32) == held, "a folder without weights, yet"
     with pytest.raises(CheckpointError, match="misshapen"):
-        weight_bytes(folder, replace(model.config, vocab_size=50), torch.float32)
+        weights_of(folder, replace(model.config, vocab_size=50)).nbytes(torch.float32)
 
 
 # Strictness

@@ -352,7 +352,7 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
         length = 2 * new if plan.evicts else new
         q, k = (torch.randn(1, count, length, 64).to(dtype) for count in (heads, kv_heads))
         span = cache.append(length)
-        cache.layers[0].pins = pinned
+        cache.layers[0].flagged = pinned
         with torch.inference_mode(), Living() as living:
             attend_(cache.layers[0], q, k, k, span, q if plan.position_mode == "window" else None)
         lived, planned = living.most - q.nbytes, attention_bytes(plan, 256)  # the result is counted as an activation

@@ -44,7 +44,7 @@ def attend_slots(layer: LayerCache, q: Tensor, positions: Tensor, reach: int, q_
     keys, values = layer.dense(reach, q.dtype)  # [B, Hkv, S, D] each
     scores = _scores(q, keys)  # [B, Hkv, G, n, S]
     if q_far is not None and layer.far:
-        if layer.pins and layer.window is not None:
+        if layer.flagged and layer.window is not None:
             far = layer.positions[:, :, None, :reach] <= positions[:, None, :, None] - layer.window  # [B, Hkv, n, S]
             torch.where(far.unsqueeze(2), _scores(q_far, keys), scores, out=scores)  # no third copy of the scores
         else:  # only sinks, which were written first and never left: slots 0, 1, ...

@@ -83,4 +83,4 @@ def logit_rows(args: argparse.Namespace) -> int:
     """Positions whose logits the command computes together."""
     from ..stream import LOGIT_ROWS
 
-    return LOGIT_ROWS if args.command in ("score", "verify") else 1
+    return LOGIT_ROWS if args.command == "score" else 1
