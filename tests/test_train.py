@@ -19,6 +19,7 @@ from torch import Tensor
 from minillm.cache import KVCache
 from minillm.eviction import Retention
 from minillm.generate import feed
+from minillm.lab.tasks import Prose
 from minillm.loader import load_model, read_config, read_generation_defaults
 from minillm.model import Transformer
 from minillm.policies.full import Full
@@ -27,6 +28,7 @@ from minillm.tokenizer import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import train
 import train_core
+import train_tasks
 import train_text
 from train_export import SAMPLING
 
@@ -145,7 +147,7 @@ def logits(model: Transformer, ids: list[int]) -> Tensor:
 
 
 def test_what_is_exported_is_the_mean_of_all_steps() -> None:
-    recipe = train_core.Recipe([], 0.0, 40, 16, 1, 2, 1, 24, 8, tied=True, batch=2, seed=0)
+    recipe = train_core.Recipe([], 0.0, 40, 16, 1, 2, 1, 24, 8, 0.0, tied=True, batch=2, seed=0)
     trainer = train_core.Trainer(recipe, recipe.config(40, 0, 1), torch.device("cpu"), 1)
     rows = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     total = torch.zeros_like(trainer.model.model.norm.weight)
@@ -154,6 +156,39 @@ def test_what_is_exported_is_the_mean_of_all_steps() -> None:
         total += trainer.model.model.norm.weight.detach() * step * (step + 1) * (step + 2)
     share = sum(step * (step + 1) * (step + 2) for step in range(1, 11))
     torch.testing.assert_close(trainer.mean.model.norm.weight.detach(), total / share)
+
+
+@pytest.mark.parametrize("step", [0, train_tasks.GROW, 20 * train_tasks.GROW])
+def test_rows_with_questions_follow_from_the_step_and_hold_their_answers(text: Path, step: int) -> None:
+    (source,) = train_text.read_sources([str(text)], 0)
+    tokenizer = train_text.train_tokenizer([*source.train, *train_tasks.WITH_TASKS], 600)
+    recipe = train_core.Recipe([], 0.0, 600, 16, 1, 2, 1, 24, 512, 0.5, tied=True, batch=4, seed=3)
+    documents = train_text.encode(tokenizer, source.train)
+    rows = train_tasks.TaskRows(documents, tokenizer, Prose("\n".join(source.train)), recipe)
+    batch = rows.batch(step, 4)
+    assert torch.equal(batch, train_tasks.TaskRows(documents, tokenizer, rows.prose, recipe).batch(step, 4))
+    assert not torch.equal(batch, rows.batch(step + 1, 4))
+    count, length = batch.shape[0], batch.shape[1] - 1
+    assert count * length == 4 * 512
+    assert length == train_tasks.SHORTEST or step > 0
+    asked = [tokenizer.decode(row.tolist()) for row in batch[count // 2 :]]
+    assert all(any(word in row for word in ("Code", "Box", "Word", "keeps", "first")) for row in asked)
+    assert not any("Code" in tokenizer.decode(row.tolist()) for row in batch[: count // 2])
+    if step == 0:  # bare codes: what is asked was said before, with the same value
+        facts = asked[0].split("Code ")[1:]
+        told: dict[str, str] = {}
+        for fact in facts[:4]:
+            key, value = fact.split(".")[0].split()
+            assert told.setdefault(key, value) == value
+
+
+def test_a_run_with_questions_learns_and_resumes_exactly(text: Path, tmp_path: Path) -> None:
+    shape = [*SHAPE, "--context=128", "--batch=2", "--tasks=0.5", "--data", str(text)]
+    assert train.main([str(tmp_path / "whole"), *shape, "--steps", "6"]) == 0
+    assert train.main([str(tmp_path / "parts"), *shape, "--steps", "3"]) == 0
+    assert train.main([str(tmp_path / "parts"), *shape, "--steps", "6", "--resume"]) == 0
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_card_says_what_happened(trained: Path) -> None:

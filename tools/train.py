@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -28,9 +29,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from train_core import Recipe, Trainer
 from train_export import Facts, export
+from train_tasks import WITH_TASKS, TaskRows
 from train_text import BOS, EOS, PackedText, encode, load_tokenizer, read_sources, train_tokenizer
 
 from minillm.errors import CheckpointError, ConfigError, MinillmError
+from minillm.lab.tasks import Prose
 
 
 class Batches(Protocol):
@@ -39,7 +42,7 @@ class Batches(Protocol):
     tokens: int
 
     def batch(self, step: int, rows: int) -> Tensor:
-        """int64 [rows, context + 1], a function of nothing but the step."""
+        """int64 [rows, context + 1], or as many tokens in shorter rows; a function of nothing but the step."""
 
 
 @dataclass
@@ -132,10 +135,14 @@ def prepare(arguments: argparse.Namespace) -> Run:
     if arguments.resume or arguments.tokenizer:
         tokenizer = load_tokenizer(folder / "tokenizer.json" if arguments.resume else arguments.tokenizer)
     else:
-        tokenizer = train_tokenizer((text for source in sources for text in source.train * source.times), recipe.vocab)
+        texts = (text for source in sources for text in source.train * source.times)
+        tokenizer = train_tokenizer(chain(texts, WITH_TASKS if recipe.tasks else ()), recipe.vocab)
 
     train = [ids for source in sources for ids in encode(tokenizer, source.train) * source.times]
-    batches = PackedText(train, recipe.context, recipe.seed)
+    batches: Batches = PackedText(train, recipe.context, recipe.seed)
+    if recipe.tasks:
+        prose = Prose("\n".join(text for source in sources for text in source.train))
+        batches = TaskRows(train, tokenizer, prose, recipe)
     held_out = {source.name: encode(tokenizer, source.held_out) for source in sources}
     ratio = {}
     for source in sources:
@@ -199,6 +206,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add(f"--{option}", type=int, default=default)
     add("--tied", action="store_true", help="use the embedding as output projection too")
     add("--context", type=int, default=512, help="tokens of a row")
+    add(
+        "--tasks", type=float, default=0.0, help="share of the rows that are questions about a text (minillm/lab/tasks)"
+    )
     add("--batch", type=int, default=16, help="rows of an update")
     add("--minutes", type=float, default=60.0, help="training time in all")
     add("--steps", type=int, default=0, help="train this many updates instead")
@@ -214,6 +224,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
     if arguments.vocab < 258:
         parser.error(f"--vocab {arguments.vocab} must be at least 258: 256 bytes, {BOS} and {EOS}")
+    if not 0 <= arguments.tasks <= 1:
+        parser.error(f"--tasks {arguments.tasks} must lie between 0 and 1: it is a share of the rows")
     if min(arguments.minutes, arguments.every) <= 0 or min(arguments.steps, arguments.keep_mb) < 0:
         parser.error("--minutes and --every must be above 0, --steps and --keep-mb not below 0")
     hidden = {"--resume", "--about-data", arguments.about_data}

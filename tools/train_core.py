@@ -52,6 +52,7 @@ class Recipe:
     kv_heads: int
     intermediate: int
     context: int
+    tasks: float
     tied: bool
     batch: int
     seed: int
@@ -134,8 +135,7 @@ class Trainer:
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.unused = KVCache(config, Full(), Retention(slots=1, sinks=0, recent=0, evict_every=1))
         self.pool = ThreadPoolExecutor(workers)
-        on_cpu = max(1, min(recipe.batch // workers, MICRO_TOKENS // recipe.context))
-        self.micro = on_cpu if device.type == "cpu" else recipe.batch
+        self.workers = workers
         self.step, self.seconds = 0, 0.0
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -147,12 +147,18 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
     def train_step(self, rows: Tensor) -> float:
-        """One update from rows [batch, context + 1]; returns nats per token before it."""
+        """One update from rows [B, T + 1], of any shape; returns nats per token before it."""
+        length = rows.shape[1] - 1
+        on_cpu = max(1, min(rows.shape[0] // self.workers, MICRO_TOKENS // length))
+        micro = on_cpu if self.device.type == "cpu" else rows.shape[0]
+        count = rows.shape[0] * length
         self._load_fast(self.model)
         weights, total = list(self.model.parameters()), 0.0
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        for loss, gradients in self.pool.map(self._gradients, rows.split(self.micro)):  # in order: sums repeat exactly
+        for loss, gradients in self.pool.map(
+            lambda part: self._gradients(part, count), rows.split(micro)
+        ):  # in order: sums repeat exactly
             total += loss
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad += gradient
@@ -163,7 +169,7 @@ class Trainer:
             optimizer.step()
         self.step += 1
         self._average()
-        return total / (rows.shape[0] * (rows.shape[1] - 1))
+        return total / count
 
     @torch.no_grad()
     def measure(self, documents: list[Tensor]) -> float:
@@ -185,9 +191,9 @@ class Trainer:
         for mean, weight in zip(self.mean.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(weight, 4 / (self.step + 3))
 
-    def _gradients(self, rows: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+    def _gradients(self, rows: Tensor, count: int) -> tuple[float, tuple[Tensor, ...]]:
         loss = self.loss(rows.to(self.device))
-        mean = loss / (self.recipe.batch * self.recipe.context)
+        mean = loss / count
         return loss.item(), torch.autograd.grad(mean, list(self.fast.parameters()))
 
     @torch.no_grad()
