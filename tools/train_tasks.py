@@ -24,7 +24,7 @@ from minillm.lab.tasks import Prose, Question, codes, make_item
 SHORTEST = 64  # tokens of the first rows
 GROW = 400  # steps between doublings
 BARE = 96  # tokens below which a row has codes only
-SHARES = {"keys": 5, "arithmetic": 5, "choice": 3, "values": 2, "hops": 3, "summary": 1, "common": 1}  # of the tasks
+SHARES = {"keys": 3, "arithmetic": 3, "choice": 3, "values": 4, "hops": 3, "summary": 1, "common": 5}  # of the tasks
 _POOLS = (tasks.KEYS, tasks.VALUES, tasks.WORDS, tasks.NAMES, *tasks.NUMBERS, *tasks.ORDINALS, *tasks.VERBS)
 # Read often enough that the words of the tasks become tokens of their own.
 WITH_TASKS = [

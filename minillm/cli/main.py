@@ -18,7 +18,18 @@ from typing import NoReturn, TextIO
 from .. import __version__
 from ..errors import MinillmError
 
-COMMANDS = ("generate", "chat", "score", "verify", "plan", "pull", "tokens", "info")  # in the order of the help text
+COMMANDS = (
+    "generate",
+    "chat",
+    "score",
+    "verify",
+    "compare",
+    "trace",
+    "plan",
+    "pull",
+    "tokens",
+    "info",
+)  # in the order of the help text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -98,16 +98,16 @@ def _keys(draw: random.Random) -> Facts:
 
 
 def _values(draw: random.Random) -> Facts:
-    """Every key has two values, far apart; the answer names both."""
+    """Every key has two values, far apart; the answer names both in their order."""
     keys, values = _words(draw, KEYS, 4), _words(draw, VALUES, 8)
-    sentences, questions = [], []
-    for index, key in enumerate(keys):
-        pair = values[2 * index : 2 * index + 2]
-        sentences += [f"Code {key} {value}." for value in pair]
-        draw.shuffle(pair)
-        questions.append(Question(f"All {key}", "".join(f" {value}" for value in pair), wanted=tuple(pair)))
+    pairs = list(zip(keys * 2, values, strict=True))
+    draw.shuffle(pairs)
+    questions = []
+    for key in keys:
+        wanted = tuple(value for owner, value in pairs if owner == key)
+        questions.append(Question(f"All {key}", "".join(f" {value}" for value in wanted), wanted=wanted))
     draw.shuffle(questions)
-    return Facts(sentences, questions)
+    return Facts([f"Code {key} {value}." for key, value in pairs], questions, ordered=True)
 
 
 def _hops(draw: random.Random) -> Facts:
@@ -122,9 +122,9 @@ def _hops(draw: random.Random) -> Facts:
 
 
 def _common(draw: random.Random) -> Facts:
-    """One word is strewn six times, others once or twice."""
+    """One word is strewn six times, five others once."""
     often, *others = _words(draw, WORDS, 6)
-    sentences = [f"Word {often}."] * 6 + [f"Word {word}." for word in others for _ in range(draw.choice((1, 2)))]
+    sentences = [f"Word {word}." for word in [often] * 6 + others]
     return Facts(sentences, [Question("Most common", f" {often}")])
 
 

@@ -11,6 +11,7 @@ from .fastgen import FastGen
 from .full import Full
 from .h2o import H2O
 from .hashevict import HashEvict, HashEvictKey
+from .hashevict_plus import HashEvictPlus
 from .keydiff import KeyDiff
 from .l2 import L2
 from .random import Random
@@ -24,7 +25,7 @@ Option = int | float | str
 POLICIES: dict[str, type[EvictionPolicy]] = {
     policy.name: policy
     for policy in (
-        *(Full, Window, HashEvict, HashEvictKey),
+        *(Full, Window, HashEvict, HashEvictKey, HashEvictPlus),
         *(Random, L2, KeyDiff, Exact),  # neither queries' past nor attention
         *(H2O, Scissorhands, Tova, SnapKV, FastGen),  # attention
     )
