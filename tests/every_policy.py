@@ -57,6 +57,7 @@ EVERY_POLICY: dict[str, Entry] = {
         16 + NORM,
         {"hash_bits": 128, "decay": 0.9, "centred": True, "norm_weighted": True, "per_head": True, "orthogonal": True},
     ),
+    "hashevict-plus": Entry("hashevict-plus", 8),
     "hashevict-key": Entry("hashevict-key", CODE),
     "hashevict-key centred": Entry("hashevict-key", CODE, {"centred": True}),
     "hashevict-key weighted": Entry("hashevict-key", CODE + NORM, {"norm_weighted": True}),

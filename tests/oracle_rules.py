@@ -17,6 +17,7 @@ from minillm import lsh
 from minillm.policies.fastgen import FastGen
 from minillm.policies.h2o import H2O
 from minillm.policies.hashevict import HashEvict
+from minillm.policies.hashevict_plus import HashEvictPlus
 from minillm.policies.l2 import L2
 from minillm.policies.random import Random
 from minillm.policies.scissorhands import Scissorhands
@@ -199,6 +200,20 @@ class NaiveCodes:
         first = self.layer.keys[self.layer.retention.sinks : min(self.layer.retention.slots, 64)]
         return [x - sum(keys[head][i] for keys in first) / len(first) for i, x in enumerate(key)]
 
+    @cache  # noqa: B019
+    def standing(self, head: int, now: int, live: tuple[int, ...]) -> tuple[dict[int, float], ...]:
+        """How distinct, used and recent the live tokens of a head are, for hashevict-plus."""
+        group, decay = self.layer.group_of(head), self.policy.decay
+        mine = {p: self.key(head, p) for p in live}
+        distinct = {p: -sum(self.agreement(mine[p], mine[other]) for other in live) for p in live}
+        used = {
+            p: sum(
+                decay ** (now - t) * self.agreement(mine[p], self.query(h, t)) for t in range(now + 1) for h in group
+            )
+            for p in live
+        }
+        return standardised(distinct), standardised(used), standardised({p: p for p in live})
+
     def agreement(self, a: int, b: int) -> int:
         """Bits that agree, less bits that do not."""
         return self.policy.hash_bits - 2 * (a ^ b).bit_count()
@@ -224,5 +239,32 @@ def hashevict_key(c: Candidate) -> float:
     return codes.weighted(c, codes.agreement(codes.key(c.head, c.position), codes.key(c.head, c.now)))
 
 
-RULES = (window, random, exact, keydiff, l2, h2o, tova, scissorhands, snapkv, fastgen, hashevict, hashevict_key)
+def hashevict_plus(c: Candidate) -> float:
+    policy = c.layer.policy
+    assert isinstance(policy, HashEvictPlus)
+    distinct, used, age = c.layer.codes.standing(c.head, c.now, tuple(sorted(c.layer.live[c.head])))
+    return distinct[c.position] + policy.used * used[c.position] + policy.age * age[c.position]
+
+
+def standardised(x: dict[int, float]) -> dict[int, float]:
+    mean = sum(x.values()) / len(x)
+    deviation = (sum((value - mean) ** 2 for value in x.values()) / len(x)) ** 0.5
+    return {position: (value - mean) / max(deviation, 1e-9) for position, value in x.items()}
+
+
+RULES = (
+    window,
+    random,
+    exact,
+    keydiff,
+    l2,
+    h2o,
+    tova,
+    scissorhands,
+    snapkv,
+    fastgen,
+    hashevict,
+    hashevict_key,
+    hashevict_plus,
+)
 WORTH: dict[str, Callable[[Candidate], float]] = {rule.__name__.replace("_", "-"): rule for rule in RULES}

@@ -55,6 +55,7 @@ def make_cases(task: str, tokenizer: Tokenizer, prose: Prose, *, tokens: int, se
         return len(tokenizer.encode(text, bos=False, continuation=True))
 
     begin = tokenizer.encode("", bos=True)
+    questions: tuple[Question, ...]
     for seed in seeds:
         draw = random.Random(f"lead/{task}/{seed}")
         if task == TEXT:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, stdev
+from typing import Any
 
 from ..budget import CachePlan
 from ..cache import cache_bytes
@@ -24,9 +25,22 @@ from .cases import TEXT, Case, default_length, family, make_cases
 from .store import Store
 from .tasks import Prose
 
-POLICY_LIST = ("window", "random", "l2", "keydiff", "exact", "hashevict", "hashevict-key", "hashevict-plus")
+POLICY_LIST: tuple[str, ...] = (
+    "window",
+    "random",
+    "l2",
+    "keydiff",
+    "exact",
+    "hashevict",
+    "hashevict-key",
+    "hashevict-plus",
+)
 POLICY_LIST += ("h2o", "scissorhands", "tova", "snapkv", "fastgen")
 CACHE_OPTIONS = ("sinks", "recent", "evict_every", "layer_budget", "kv_dtype")
+
+
+def _options(policy: str) -> set[str]:
+    return {option.name for option in fields(POLICIES[policy])}  # type: ignore[arg-type]  # all are dataclasses
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Contender:
     def seeds(self, count: int) -> Sequence[int]:
         """The seeds to run it with: one where nothing is drawn."""
         make_policy(self.policy, **{k: v for k, v in self.options.items() if k not in CACHE_OPTIONS})
-        drawn = "policy_seed" in POLICIES[self.policy].__dataclass_fields__ and "policy_seed" not in self.options
+        drawn = "policy_seed" in _options(self.policy) and "policy_seed" not in self.options
         return range(count if drawn else 1)
 
 
@@ -156,8 +170,8 @@ def _plan(
     asked = [len(q.prompt) + max(map(len, q.answers)) for case in cases for q in case.questions]
     if who.label == "full":
         return llm.checkpoint.plan(policy="full", context=block.tokens + max(asked, default=0), rows=block.rows)
-    options = dict(who.options)
-    if "policy_seed" in POLICIES[who.policy].__dataclass_fields__:
+    options: dict[str, Any] = dict(who.options)
+    if "policy_seed" in _options(who.policy):
         options.setdefault("policy_seed", seed)
     slots = max(1, math.floor(budget * block.tokens))
     amount: int | str = slots
