@@ -109,16 +109,21 @@ def read_cases(path: Path, tokenizer: Tokenizer) -> list[Case]:
         if not line.strip():
             continue
         context, prompt, texts, right = _fields(path, number, line)
-        if not context:
-            context, prompt = prompt, ""
-        asked, *answers = _continued(tokenizer, context, [prompt, *texts])
+        if context:
+            read = tokenizer.encode(context, bos=True)
+            asked, *answers = _continued(tokenizer, context, [prompt, *texts])
+        else:  # the end of the prompt is what asks
+            read = tokenizer.encode(prompt, bos=True)
+            (_, *answers), asked = _continued(tokenizer, prompt, ["", *texts]), [read.pop()]
+        if not read or not asked:
+            raise PromptError(f"{path}, line {number}: the prompt has no tokens of its own")
         if not all(answers):
             raise PromptError(f"{path}, line {number}: an answer has no tokens of its own")
         question = Asked(asked, answers, right)
-        if context == last:
+        if context and context == last:
             cases[-1].questions.append(question)
         else:
-            cases.append(Case(tokenizer.encode(context, bos=True), [question]))
+            cases.append(Case(read, [question]))
         last = context
     if not cases:
         raise PromptError(f"the task file {path} is empty: give one JSON object a line, with prompt and answer")
