@@ -59,11 +59,12 @@ def make_cases(task: str, tokenizer: Tokenizer, prose: Prose, *, tokens: int, se
     for seed in seeds:
         draw = random.Random(f"lead/{task}/{seed}")
         if task == TEXT:
-            text, questions = " ".join(prose.take(draw, length, tokens)), ()
+            text, questions = " " + " ".join(prose.take(draw, length, tokens)), ()
         else:
             item = make_item(task, prose, length, tokens=tokens - len(begin), seed=seed)
             text, questions = f" {item.context}", item.questions
         ids = tokenizer.encode(text, bos=False, continuation=True)
+        ids = ids[max(0, len(begin) + len(ids) - tokens) :]  # joined, sentences may take a token more than apart
         lead: list[int] = []  # the end of other prose, up to the exact length
         while len(lead) < (missing := tokens - len(begin) - len(ids)):
             more = prose.take(draw, length, missing + 400)
