@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `compare` to the command line."""
     parser = subparsers.add_parser(
         "compare",
-        help="policies x budgets x tasks: what each costs against the full cache",
+        help="what each policy costs at each budget",
         description="Ask the same questions of every policy at every budget, after the context was read, and print the "
         "difference to the full cache with its 95%% confidence interval. Results are kept as they come; the same "
         "command goes on where it was stopped.",

@@ -65,8 +65,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy",
         metavar="NAME",
-        help="full, window, hashevict, hashevict-key, hashevict-plus, random, l2, keydiff, exact, h2o, scissorhands, tova, "
-        "snapkv or fastgen (default: hashevict under a budget, else full)",
+        help="full, window, hashevict, hashevict-key, hashevict-plus, random, l2, keydiff, exact, h2o, scissorhands, "
+        "tova, snapkv or fastgen (default: hashevict under a budget, else full)",
     )
     group.add_argument(
         "--policy-option",
