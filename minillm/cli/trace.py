@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `trace` to the command line."""
     parser = subparsers.add_parser(
         "trace",
-        help="see which tokens were forgotten, when, and by which layers and heads",
+        help="show which tokens were forgotten, and when",
         description="Read a text within a budget, and show when every layer and KV head let go of every token: as a "
         "page for the browser (-o), as shaded text (--text), or as data (--json).",
     )
