@@ -125,7 +125,7 @@ class CachePlan:
     ) -> CachePlan:
         """Turn a budget over a context of `whole` tokens into slots.
 
-        policy: by name; the default is `full` where everything is kept and `hashevict` where not.
+        policy: by name; the default is `full` where everything is kept and `hashevict-plus` where not.
         layer_budget: how the slots are shared out among the layers, see `layer_slots`.
         kv_dtype: "auto" stores keys and values in the model's dtype, "int8" in 8 bits.
         positions: "window" makes the trained length a sliding window, "absolute" extrapolates beyond it, see KVCache;
@@ -159,7 +159,7 @@ class CachePlan:
             if value not in known:
                 raise ConfigError(f"--{option} is {value!r}; choose one of {', '.join(filter(None, known))}")
         budget = Budget.of(budget)
-        rule = make_policy(policy or ("full" if budget.keeps_everything else "hashevict"), **policy_options)
+        rule = make_policy(policy or ("full" if budget.keeps_everything else "hashevict-plus"), **policy_options)
         positions = positions or ("window" if rule.evicts else "absolute")
         int8, layers = kv_dtype == "int8", config.num_hidden_layers
 

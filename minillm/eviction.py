@@ -62,8 +62,12 @@ class EvictionPolicy(ABC):
         """
         return 0
 
-    def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """What to store beside keys [B, Hkv, n, D], exact whatever the cache stores: [B, Hkv, n, ...] by name."""
+    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """What to store beside keys [B, Hkv, n, D], exact whatever the cache stores: [B, Hkv, n, ...] by name.
+
+        Every token passes once, in order, and may be noted in `layer.state`; before `settle_` it may not, so that a
+        session can take tokens back.
+        """
         return {}
 
     def settle_(self, layer: LayerCache, due: Tensor) -> None:  # noqa: B027

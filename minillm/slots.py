@@ -121,7 +121,7 @@ class LayerCache:
         self.positions[at] = span.positions[:, None, start:stop].to(torch.int32)  # [B, 1, n]
         if self.flagged:
             self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
-        tags = self.policy.tag(self, keys)
+        tags = self.policy.tag_(self, keys)
         for name in self.slot_state:
             self.state[name][at] = tags.get(name, 0)
         if self.scales is None:

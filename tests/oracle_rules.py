@@ -200,20 +200,6 @@ class NaiveCodes:
         first = self.layer.keys[self.layer.retention.sinks : min(self.layer.retention.slots, 64)]
         return [x - sum(keys[head][i] for keys in first) / len(first) for i, x in enumerate(key)]
 
-    @cache  # noqa: B019
-    def standing(self, head: int, now: int, live: tuple[int, ...]) -> tuple[dict[int, float], ...]:
-        """How distinct, used and recent the live tokens of a head are, for hashevict-plus."""
-        group, decay = self.layer.group_of(head), self.policy.decay
-        mine = {p: self.key(head, p) for p in live}
-        distinct = {p: -sum(self.agreement(mine[p], mine[other]) for other in live) for p in live}
-        used = {
-            p: sum(
-                decay ** (now - t) * self.agreement(mine[p], self.query(h, t)) for t in range(now + 1) for h in group
-            )
-            for p in live
-        }
-        return standardised(distinct), standardised(used), standardised({p: p for p in live})
-
     def agreement(self, a: int, b: int) -> int:
         """Bits that agree, less bits that do not."""
         return self.policy.hash_bits - 2 * (a ^ b).bit_count()
@@ -240,16 +226,18 @@ def hashevict_key(c: Candidate) -> float:
 
 
 def hashevict_plus(c: Candidate) -> float:
-    policy = c.layer.policy
+    policy, slots = c.layer.policy, c.layer.retention.slots
     assert isinstance(policy, HashEvictPlus)
-    distinct, used, age = c.layer.codes.standing(c.head, c.now, tuple(sorted(c.layer.live[c.head])))
-    return distinct[c.position] + policy.used * used[c.position] + policy.age * age[c.position]
-
-
-def standardised(x: dict[int, float]) -> dict[int, float]:
-    mean = sum(x.values()) / len(x)
-    deviation = (sum((value - mean) ** 2 for value in x.values()) / len(x)) ** 0.5
-    return {position: (value - mean) / max(deviation, 1e-9) for position, value in x.items()}
+    directions = [[x / norm(keys[c.head]) for x in keys[c.head]] for keys in c.layer.keys[: max(slots, c.position + 1)]]
+    if c.position < slots:  # judged together, when the first had to go
+        reference = [sum(column) for column in zip(*directions, strict=True)]
+    else:
+        ages = range(c.position, -1, -1)
+        reference = [
+            sum(policy.decay**age * x for age, x in zip(ages, column, strict=True))
+            for column in zip(*directions, strict=True)
+        ]
+    return bfloat16(-dot(directions[c.position], reference) / norm(reference))
 
 
 RULES = (

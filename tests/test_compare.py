@@ -18,9 +18,10 @@ from minillm.errors import ConfigError, PromptError
 from minillm.lab import compare
 from minillm.lab.ask import ask, reader
 from minillm.lab.cases import TEXT, Asked, Case, check_tasks, make_cases, read_cases
-from minillm.lab.compare import Contender, Grid, interval, to_csv
+from minillm.lab.compare import FAMILIES, Contender, Grid, interval
 from minillm.lab.store import Store
-from minillm.lab.tasks import TASKS, Prose
+from minillm.lab.tables import markdown, table, to_csv
+from minillm.lab.tasks import EVERY_TASK, STRESS, Prose
 from minillm.llm import LLM
 from minillm.results import Result
 
@@ -44,7 +45,7 @@ def quiet(done: int, total: int) -> None:
     assert done <= total
 
 
-@pytest.mark.parametrize("task", [*TASKS, TEXT])
+@pytest.mark.parametrize("task", [*EVERY_TASK, TEXT])
 def test_contexts_have_exactly_the_length_asked_for(task: str, llm: LLM, prose: Prose) -> None:
     tokenizer = llm.checkpoint.tokenizer
     made = list(make_cases(task, tokenizer, prose, tokens=400, seeds=range(3)))
@@ -101,10 +102,43 @@ def test_running_text_is_scored_as_score_does(llm: LLM, prose: Prose) -> None:
 def test_the_embedded_model_remembers_with_the_full_cache_and_random_does_not(llm: LLM, prose: Prose) -> None:
     """What makes the lab able to see: full near 100%, a random choice far from it."""
     grid = Grid(["needle", "keys", "choice", "arithmetic"], [Contender("random")], [0.1], contexts=4, rows=4, seeds=1)
-    rows = {row.family: row for row in compare.run(llm, grid, prose, Store(None), "", quiet)}
+    rows = {row.family: row for row in compare.run(llm, grid, prose, Store(None), quiet)}
     for name, least in (("retrieval", 0.95), ("choice", 0.8), ("arithmetic", 0.8)):
         assert rows[name].full >= least
         assert rows[name].difference < -0.3
+
+
+def test_pathological_inputs_are_no_riddles_for_the_full_cache(llm: LLM, prose: Prose) -> None:
+    """Each is reported by itself and counts in no mean; what a policy loses there is the policy's fault."""
+    grid = Grid(check_tasks(list(STRESS)), [Contender("window")], [0.2], contexts=6, rows=6, seeds=1)
+    rows = {row.family: row for row in compare.run(llm, grid, prose, Store(None), quiet)}
+    assert list(rows) == list(STRESS)
+    for row in rows.values():
+        assert row.full >= 0.8
+        assert row.difference < -0.3
+
+
+def test_the_mean_is_of_the_papers_families(llm: LLM, prose: Prose) -> None:
+    grid = Grid(["needle", "choice", "keys-first", "adversarial", TEXT], [Contender("window")], [0.3], contexts=2)
+    *rows, mean = compare.run(llm, replace(grid, tokens=300), prose, Store(None), quiet)
+    scored = [row for row in rows if row.family in FAMILIES]
+    assert [row.family for row in scored] == ["retrieval", "choice"]
+    assert mean.family == "mean"
+    assert mean.difference == pytest.approx(fmean(row.difference for row in scored))
+
+
+def test_tables_say_the_same(llm: LLM, prose: Prose) -> None:
+    grid = Grid(["keys", TEXT], [Contender("window"), Contender("random,policy_seed=1")], [0.2, 0.5], contexts=2)
+    rows = compare.run(llm, replace(grid, tokens=300), prose, Store(None), quiet)
+    plain, page = list(table(rows)), list(markdown(rows))
+    assert len(page) == 2 + 1 + 4  # head, full, policies by budgets
+    assert len({line.count("|") for line in page}) == 1
+    assert [len(line) for line in csv.reader(to_csv(rows))] == [9] * (1 + len(rows))
+    for row in rows:
+        scale, digits = (1, 3) if row.family == TEXT else (100, 1)
+        cell = f"{scale * row.difference:+.{digits}f} ±{scale * row.interval:.{digits}f}"
+        assert any(cell in line and row.policy in line for line in plain)
+        assert any(cell in line and f"| {row.budget:.0%} | `{row.policy}` |" in line for line in page)
 
 
 def test_bytes_are_equal_not_slots(llm: LLM, prose: Prose) -> None:
@@ -128,15 +162,15 @@ def test_bytes_are_equal_not_slots(llm: LLM, prose: Prose) -> None:
 def test_a_killed_run_goes_on_and_ends_the_same(llm: LLM, prose: Prose, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "results.jsonl"
     grid = Grid(["keys", TEXT], [Contender("window"), Contender("random")], [0.2], contexts=3, rows=2, seeds=2)
-    first = compare.run(llm, grid, prose, Store(file), "me", quiet)
+    first = compare.run(llm, grid, prose, Store(file), quiet)
     text = file.read_text("utf-8")
     lines = text.splitlines(keepends=True)
     assert len(lines) == 2 * 2 * (1 + 1 + 2)  # tasks, blocks; full, window, two seeds of random
     file.write_text("".join(lines[:5]) + lines[5][:40], "utf-8")  # a kill in the middle of a line
-    assert compare.run(llm, grid, prose, Store(file), "me", quiet) == first
+    assert compare.run(llm, grid, prose, Store(file), quiet) == first
     assert sorted(file.read_text("utf-8").splitlines()) == sorted(text.splitlines())
     before = file.stat().st_mtime_ns
-    assert compare.run(llm, grid, prose, Store(file), "me", quiet) == first
+    assert compare.run(llm, grid, prose, Store(file), quiet) == first
     assert file.stat().st_mtime_ns == before
     with (tmp_path / "bad.jsonl").open("w") as bad:
         bad.write("nonsense\n")
@@ -147,7 +181,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(llm: LLM, prose: Prose, tmp_path
 def test_differences_are_paired_and_clustered_by_context(llm: LLM, prose: Prose) -> None:
     store = Store(None)
     grid = Grid(["keys"], [Contender("random")], [0.2], contexts=3, rows=3, seeds=2)
-    (row,) = compare.run(llm, grid, prose, store, "", quiet)
+    (row,) = compare.run(llm, grid, prose, store, quiet)
     full, *runs = store.found.values()
     differences = [fmean(fmean(run[i]) for run in runs) - fmean(full[i]) for i in range(3)]
     assert row.difference == pytest.approx(fmean(differences))
@@ -178,7 +212,7 @@ def test_a_users_own_file(llm: LLM, tmp_path: Path) -> None:
     last = cases[1].questions[0]
     assert (decode(last.answers[0]), decode(last.answers[1]), last.right) == (" drum", " lamp", 1)
     grid = Grid([], [Contender("window")], [0.5], own={"mine": cases})
-    (row,) = compare.run(llm, grid, None, Store(None), "", quiet)
+    (row,) = compare.run(llm, grid, None, Store(None), quiet)
     assert row.questions == 3
 
 
@@ -244,7 +278,7 @@ def test_plots(tmp_path: Path, llm: LLM, prose: Prose) -> None:
     from minillm.lab.plots import plot
 
     grid = Grid(["keys", TEXT], [Contender("window")], [0.2, 0.5], contexts=2, rows=2, tokens=300)
-    rows = compare.run(llm, grid, prose, Store(None), "", quiet)
+    rows = compare.run(llm, grid, prose, Store(None), quiet)
     plot(rows, [tmp_path / "a.png", tmp_path / "a.svg"], "title")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "retrieval" in (tmp_path / "a.svg").read_text("utf-8") or (tmp_path / "a.svg").stat().st_size > 5000

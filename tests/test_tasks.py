@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minillm.errors import ConfigError
-from minillm.lab.tasks import NUMBERS, TASKS, Prose, codes, make_item
+from minillm.lab.tasks import EVERY_TASK, NUMBERS, STRESS, TASKS, Prose, codes, make_item
 from minillm.tokenizer import Tokenizer
 
 SENTENCES = ["The old man went down to the sea.", "Nobody knew what he was looking for.", "It was a cold, grey day."]
@@ -23,8 +23,8 @@ def prose() -> Prose:
     return Prose("\n".join(SENTENCES * 100))
 
 
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("tokens", [100, 1000])
+@pytest.mark.parametrize("name", EVERY_TASK)
+@pytest.mark.parametrize("tokens", [200, 1000])
 def test_an_item_follows_from_its_arguments_and_keeps_to_its_length(prose: Prose, name: str, tokens: int) -> None:
     one = make_item(name, prose, words, tokens=tokens, seed=7)
     assert one == make_item(name, prose, words, tokens=tokens, seed=7)
@@ -33,7 +33,7 @@ def test_an_item_follows_from_its_arguments_and_keeps_to_its_length(prose: Prose
     assert tokens - max(map(words, SENTENCES)) <= words(one.context) <= tokens
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", EVERY_TASK)
 def test_what_is_wanted_is_in_the_context_and_not_in_the_question(prose: Prose, name: str) -> None:
     for seed in range(20):
         item = make_item(name, prose, words, tokens=300, seed=seed)
@@ -83,10 +83,35 @@ def test_answers_of_the_harder_tasks_are_right(prose: Prose) -> None:
 
 
 def test_only_the_question_first_task_says_what_will_be_asked(prose: Prose) -> None:
-    for name, task in TASKS.items():
+    for name, task in EVERY_TASK.items():
         item = make_item(name, prose, words, tokens=300, seed=2)
         opening = f"Question: {item.questions[0].prompt}?"
         assert item.context.startswith(opening) is task.question_first
+
+
+def test_each_pathology_is_what_it_says(prose: Prose) -> None:
+    """Read off the text alone, for several seeds."""
+    for seed in range(10):
+        items = {name: make_item(name, prose, words, tokens=400, seed=seed) for name in STRESS}
+        filler = items["repetition"].context
+        for question in items["repetition"].questions:
+            filler = filler.replace(f"{question.prompt}{question.answer}.", "")
+        assert len({sentence.strip() for sentence in filler.split(".") if sentence.strip()}) == 1
+
+        far = items["long-range"]
+        assert all(far.context.index(question.prompt) < 0.25 * len(far.context) for question in far.questions)
+
+        both = items["overlap"]
+        for question in both.questions:
+            key, value = question.prompt.split()[1], question.answer.strip()
+            assert both.context.count(f" {key} ") == 2
+            assert both.context.count(f" {value}.") == 3
+            assert f"The {key} was made of {value}." not in both.context
+            assert both.context.count(f"Code {key}") == 1
+
+        insisted = items["adversarial"].context.split(". ")[-20:]
+        assert len({sentence.rstrip(".") for sentence in insisted}) == 1
+        assert not any(question.prompt in insisted[0] for question in items["adversarial"].questions)
 
 
 def test_facts_lie_anywhere_in_the_text(prose: Prose) -> None:

@@ -96,7 +96,7 @@ class Bench:
 
     def observe(self) -> None:
         """What `write_` and attention ask of the policy for one token."""
-        self.policy.tag(self.layer, self.key)
+        self.policy.tag_(self.layer, self.key)
         if self.policy.needs_attention:
             self.policy.observe_attention_(self.layer, self.weights, self.now[:, None])
         if self.policy.needs_queries:

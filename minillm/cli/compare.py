@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from .opening import open_checkpoint
 from .options import add_model_options, positive
 from .report import Meter, say
-
-if TYPE_CHECKING:
-    from ..lab.compare import Row
 
 SAMPLE = Path(__file__).parents[1] / "lab" / "haystack.txt"
 
@@ -42,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--tokens", type=positive, metavar="N", help="of a context (default: 1,024 for retrieval, else 512)")
     add("--equal", choices=("bytes", "slots"), default="bytes", help="what a budget makes equal (default: bytes)")
     add("--haystack", type=Path, metavar="PATH", help="prose: a text or a folder of texts (default: a small sample)")
-    add("-o", "--output", type=Path, metavar="FOLDER", help="results.jsonl, table.csv, table.json, plots")
+    add("-o", "--output", type=Path, metavar="FOLDER", help="results.jsonl, table.csv, .json, .md, plots")
     add("--quick", action="store_true", help="4 contexts, one seed, 10%% and 30%%: does it work at all?")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -52,14 +47,13 @@ def run(args: argparse.Namespace) -> int:
     """A table on stdout, or one JSON object."""
     checkpoint = open_checkpoint(args)
 
-    from ..fingerprint import model_digest
     from ..lab.cases import check_tasks, read_cases
-    from ..lab.compare import POLICY_LIST, Contender, Grid, to_csv
+    from ..lab.compare import POLICY_LIST, Contender, Grid
     from ..lab.compare import run as compare
     from ..lab.store import Store
+    from ..lab.tables import save, table
     from ..lab.tasks import TASKS, Prose
     from ..llm import LLM
-    from ..version import __version__
 
     own = {}
     if args.task_file is not None:
@@ -84,16 +78,9 @@ def run(args: argparse.Namespace) -> int:
         contender.seeds(1)  # says what is wrong with it before the weights are read
     store = Store(None if args.output is None else args.output / "results.jsonl")
     llm = LLM(checkpoint, checkpoint.load_model(Meter("loading", "bytes").update), checkpoint.plan(context=1))
-    text = repr(own) if prose is None else "\n".join(prose.sentences)
-    dtype = str(llm.plan.dtype).removeprefix("torch.")
-    identity = "/".join(
-        (model_digest(checkpoint.folder, checkpoint.config), dtype, sha256(text.encode()).hexdigest()[:8], __version__)
-    )
-    rows = compare(llm, grid, prose, store, identity, Meter("comparing", "cells").update)
-    if args.output is not None:
-        (args.output / "table.csv").write_text("\n".join(to_csv(rows)) + "\n", "utf-8")
-        (args.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), "utf-8")
-        _plot(rows, args.output, checkpoint.name)
+    rows = compare(llm, grid, prose, store, Meter("comparing", "cells").update)
+    if args.output is not None and not save(rows, args.output, f"What a budget costs: {checkpoint.name}"):
+        say("no plots, for they need matplotlib: pip install 'minillm[lab]'")
     if args.json:
         print(json.dumps({"model": checkpoint.name, "equal": args.equal, "rows": [asdict(row) for row in rows]}))
     else:
@@ -114,40 +101,3 @@ def _budgets(texts: Sequence[str]) -> list[float]:
             raise ConfigError(f"budget '{text}' must be a fraction in (0, 1] such as 0.3, so that contexts can differ")
         found.append(value)
     return found
-
-
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One block per budget: a line for each policy, a column for each family."""
-    families = list(dict.fromkeys(row.family for row in rows))
-    policies = list(dict.fromkeys(row.policy for row in rows))
-    found = {(row.family, row.budget, row.policy): row for row in rows}
-    width = max(map(len, policies)) + 2
-    counts = {row.family: f"{row.questions} q" for row in rows if row.family != "text"}
-    yield "points (text: nats per token) against the full cache, on the same questions, with 95% intervals"
-    yield " " * width + "".join(f"{name:>18}" for name in families)
-    yield f"{'':<{width}}" + "".join(f"{counts.get(name, ''):>18}" for name in families)
-    full = [next(row.full for row in rows if row.family == name) for name in families]
-    yield f"{'full, itself':<{width}}" + "".join(
-        f"{-score:>18.3f}" if name == "text" else f"{100 * score:>18.1f}"
-        for name, score in zip(families, full, strict=True)
-    )
-    for budget in dict.fromkeys(row.budget for row in rows):
-        yield f"budget {budget:g}"
-        for policy in policies:
-            cells = [_cell(found[name, budget, policy]) for name in families]
-            yield f"  {policy:<{width - 2}}" + "".join(f"{cell:>18}" for cell in cells)
-
-
-def _cell(row: Row) -> str:
-    if row.family == "text":
-        return f"{row.difference:+.3f} ±{row.interval:.3f}"
-    return f"{100 * row.difference:+.1f} ±{100 * row.interval:.1f}"
-
-
-def _plot(rows: Sequence[Row], folder: Path, model: str) -> None:
-    from ..lab.plots import plot
-
-    try:
-        plot(rows, [folder / "compare.png", folder / "compare.svg"], f"What a budget costs: {model}")
-    except ImportError:
-        say("no plots, for they need matplotlib: pip install 'minillm[lab]'")

@@ -66,7 +66,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="NAME",
         help="full, window, hashevict, hashevict-key, hashevict-plus, random, l2, keydiff, exact, h2o, scissorhands, "
-        "tova, snapkv or fastgen (default: hashevict under a budget, else full)",
+        "tova, snapkv or fastgen (default: hashevict-plus under a budget, else full)",
     )
     group.add_argument(
         "--policy-option",
@@ -75,9 +75,13 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="of the policy, such as decay=0.9; repeatable",
     )
-    group.add_argument("--hash-bits", type=int, metavar="P", help="bits of a hash code")
+    group.add_argument(
+        "--hash-bits", type=int, metavar="P", help="bits of a hash code (of hashevict and hashevict-key)"
+    )
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: min(4, slots/16))")
-    group.add_argument("--recent", type=int, metavar="N", help="latest tokens never evicted (default: slots/4)")
+    group.add_argument(
+        "--recent", type=int, metavar="N", help="latest tokens never evicted (default: slots/4; /3 in hashevict-plus)"
+    )
     group.add_argument("--evict-every", type=int, metavar="N", help="slots freed at once (default: slots/16, 1 to 32)")
     group.add_argument("--policy-seed", type=int, metavar="N", help="of the policy's random numbers (default: 0)")
     group.add_argument(

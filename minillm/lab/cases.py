@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, PromptError
 from ..tokenizer import Tokenizer
-from .tasks import TASKS, Prose, Question, make_item
+from .tasks import EVERY_TASK, Prose, Question, make_item
 
 TEXT = "text"  # the task, and the family, without questions: nats per token of prose
 LENGTHS = {"retrieval": 1024, "question-first": 1024}  # tokens of a context by family ...
@@ -45,7 +45,7 @@ class Case:
 
 def family(task: str) -> str:
     """The family that a task belongs to; a user's own file is one of its own."""
-    return TASKS[task].family if task in TASKS else task
+    return EVERY_TASK[task].family if task in EVERY_TASK else task
 
 
 def make_cases(task: str, tokenizer: Tokenizer, prose: Prose, *, tokens: int, seeds: Sequence[int]) -> Iterator[Case]:
@@ -170,7 +170,7 @@ def default_length(task: str) -> int:
 
 def check_tasks(names: Sequence[str]) -> list[str]:
     """The tasks called so, a family's name standing for all of its tasks, in order; ConfigError for others."""
-    known = [*TASKS, TEXT]
+    known = [*EVERY_TASK, TEXT]
     found: list[str] = []
     for name in names:
         named = [task for task in known if name in (task, family(task))]

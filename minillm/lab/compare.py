@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,10 +19,12 @@ from ..budget import CachePlan
 from ..cache import cache_bytes
 from ..errors import ConfigError
 from ..eviction import Retention
+from ..fingerprint import model_digest
 from ..llm import LLM
 from ..policies import POLICIES, make_policy
+from ..version import __version__
 from .ask import ask, reader
-from .cases import TEXT, Case, default_length, family, make_cases
+from .cases import Case, default_length, family, make_cases
 from .store import Store
 from .tasks import Prose
 
@@ -36,6 +39,7 @@ POLICY_LIST: tuple[str, ...] = (
     "hashevict-plus",
 )
 POLICY_LIST += ("h2o", "scissorhands", "tova", "snapkv", "fastgen")
+FAMILIES = ("retrieval", "choice", "arithmetic", "summary")  # of the paper: their mean is a policy's score
 CACHE_OPTIONS = ("sinks", "recent", "evict_every", "layer_budget", "kv_dtype")
 
 
@@ -109,6 +113,13 @@ class Row:
     questions: int
 
 
+def identity(llm: LLM, text: str) -> str:
+    """What results depend on beside the grid: weights, their dtype, the prose or the user's cases, and this version."""
+    dtype = str(llm.plan.dtype).removeprefix("torch.")
+    digest = model_digest(llm.checkpoint.folder, llm.checkpoint.config)
+    return "/".join((digest, dtype, sha256(text.encode()).hexdigest()[:8], __version__))
+
+
 @dataclass(frozen=True)
 class _Block:
     """Contexts that are read side by side."""
@@ -120,10 +131,9 @@ class _Block:
     cases: Callable[[], Sequence[Case]]
 
 
-def run(
-    llm: LLM, grid: Grid, prose: Prose | None, store: Store, identity: str, progress: Callable[[int, int], None]
-) -> list[Row]:
-    """Everything that is not in the store yet, then the table.  identity: what else the results depend on."""
+def run(llm: LLM, grid: Grid, prose: Prose | None, store: Store, progress: Callable[[int, int], None]) -> list[Row]:
+    """Everything that is not in the store yet, then the table."""
+    of = identity(llm, repr(grid.own) if prose is None else "\n".join(prose.sentences))
     blocks = list(_blocks(llm, grid, prose))
     kept: dict[tuple[str, int, str, float], list[list[list[float]]]] = {}
     pairs = [(Contender("full"), 1.0)] + [(policy, budget) for policy in grid.policies for budget in grid.budgets]
@@ -132,7 +142,7 @@ def run(
         cases: Sequence[Case] = ()
         for who, budget in pairs:
             for seed in who.seeds(grid.seeds):
-                key = json.dumps([identity, block.task, block.tokens, block.first, block.rows, who.label, seed, budget])
+                key = json.dumps([of, block.task, block.tokens, block.first, block.rows, who.label, seed, budget])
                 key = key if who.label == "full" else f"{key} {grid.equal}"
                 if key not in store.found:
                     cases = cases or block.cases()
@@ -186,13 +196,13 @@ def _plan(
 def _table(
     grid: Grid, blocks: Sequence[_Block], kept: Mapping[tuple[str, int, str, float], list[list[list[float]]]]
 ) -> Iterator[Row]:
-    """Rows by family, budget and policy, and the mean of the families that are not running text."""
+    """Rows by family, budget and policy, and the mean of the paper's four families, where there are several."""
     families = list(dict.fromkeys(family(block.task) for block in blocks))
     for budget in grid.budgets:
         for who in grid.policies:
             found = [_row(one, budget, who.label, blocks, kept) for one in families]
             yield from found
-            if len(scored := [row for row in found if row.family != TEXT]) > 1:
+            if len(scored := [row for row in found if row.family in FAMILIES]) > 1:
                 yield Row(
                     "mean",
                     budget,
@@ -239,11 +249,3 @@ def interval(values: Sequence[float]) -> float:
     t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
     return t * stdev(values) / math.sqrt(len(values))
-
-
-def to_csv(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of a CSV file with a header."""
-    yield ",".join(Row.__dataclass_fields__)
-    for row in rows:
-        cells = [str(cell) for cell in asdict(row).values()]
-        yield ",".join(f'"{cell}"' if "," in cell else cell for cell in cells)

@@ -10,6 +10,10 @@ be asked (unless `question_first`, which is a task of its own).  Four families, 
     arithmetic  "Box river three." asked for the sum of three boxes, step by step
     summary     "first river gold." "second ..." strewn in order; asked for all of them
 
+Beside them stand pathological inputs (STRESS), each a family of its own: filler that repeats one sentence, facts that
+all lie at the beginning, facts whose every word also stands elsewhere in another sense, and queries that keep asking
+for one fact before another is asked for.
+
 Everything follows from (task, seed, length): no files but the prose, no network, no state.
 """
 
@@ -70,11 +74,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """Sentences to be strewn into prose, and the questions they answer."""
+    """Sentences to be strewn into prose, and the questions they answer.  closing: what ends the context."""
 
     sentences: list[str]
     questions: list[Question]
     ordered: bool = False
+    closing: tuple[str, ...] = ()
 
 
 def _words(draw: random.Random, pool: str, count: int) -> list[str]:
@@ -162,14 +167,36 @@ def _summary(draw: random.Random) -> Facts:
     return Facts([f"{point}." for point in points], [Question("Summary:", f" {' '.join(points)}", wanted=wanted)], True)
 
 
+def _overlap(draw: random.Random) -> Facts:
+    """Every key is also said to be made of another's value, and every value is somebody's: neither is a code."""
+    plain = codes(draw, 6, 6)
+    keys, values = zip(*(sentence.rstrip(".").split()[1:] for sentence in plain.sentences), strict=True)
+    made = [f"The {key} was made of {value}." for key, value in zip(keys, values[1:] + values[:1], strict=True)]
+    owners = draw.sample([(name, verb) for name in NAMES.split() for verb in VERBS], len(values))
+    owned = [f"{name} {verb} {value}." for (name, verb), value in zip(owners, values, strict=True)]
+    return Facts(plain.sentences + made + owned, plain.questions)
+
+
+def _adversarial(draw: random.Random) -> Facts:
+    """One code is asked for and answered twenty times; then the others are asked for."""
+    plain = codes(draw, 8, 8)
+    insisted, *later = plain.questions
+    return Facts(plain.sentences, later, closing=(f"{insisted.prompt}{insisted.answer}.",) * 20)
+
+
 @dataclass(frozen=True)
 class Task:
-    """A kind of item: its family, how answers are scored, and where its facts come from."""
+    """A kind of item: its family, how answers are scored, and where its facts come from.
+
+    repeated: the filler is one sentence over and over.  within: the facts lie in the first such share of the filler.
+    """
 
     family: str
     score: Score
     facts: Callable[[random.Random], Facts]
     question_first: bool = False
+    repeated: bool = False
+    within: float = 1.0
 
 
 TASKS: dict[str, Task] = {
@@ -183,6 +210,13 @@ TASKS: dict[str, Task] = {
     "summary": Task("summary", "recall", _summary),
     "keys-first": Task("question-first", "exact", _keys, question_first=True),
 }
+STRESS: dict[str, Task] = {
+    "repetition": Task("repetition", "exact", _keys, repeated=True),
+    "long-range": Task("long-range", "exact", _keys, within=0.1),
+    "overlap": Task("overlap", "exact", _overlap),
+    "adversarial": Task("adversarial", "exact", _adversarial),
+}
+EVERY_TASK = TASKS | STRESS
 
 
 class Prose:
@@ -204,8 +238,10 @@ class Prose:
             raise ConfigError(f"no haystack at {path}: give a text file or a folder with .txt or .md files")
         return cls("\n".join(file.read_text("utf-8", "replace") for file in files))
 
-    def take(self, draw: random.Random, length: Callable[[str], int], room: int) -> list[str]:
-        """Sentences that follow one another, of at most `room` by `length` together."""
+    def take(
+        self, draw: random.Random, length: Callable[[str], int], room: int, *, repeated: bool = False
+    ) -> list[str]:
+        """Sentences that follow one another - or one, again and again - of at most `room` by `length` together."""
         at = draw.randrange(len(self.sentences))
         taken: list[str] = []
         while True:
@@ -214,7 +250,7 @@ class Prose:
             if room < 0:
                 return taken
             taken.append(sentence)
-            at += 1
+            at += not repeated
 
 
 def make_item(name: str, prose: Prose, length: Callable[[str], int], *, tokens: int, seed: int) -> Item:
@@ -222,21 +258,22 @@ def make_item(name: str, prose: Prose, length: Callable[[str], int], *, tokens: 
 
     Raises ConfigError for an unknown task, or where the facts alone are longer than the context.
     """
-    if name not in TASKS:
-        raise ConfigError(f"unknown task '{name}'; there are {', '.join(TASKS)}")
-    task, draw = TASKS[name], random.Random(f"{name}/{seed}")
+    if name not in EVERY_TASK:
+        raise ConfigError(f"unknown task '{name}'; there are {', '.join(EVERY_TASK)}")
+    task, draw = EVERY_TASK[name], random.Random(f"{name}/{seed}")
     facts = task.facts(draw)
     questions = facts.questions[:1] if task.question_first else facts.questions
     opening = [f"Question: {questions[0].prompt}?"] if task.question_first else []
-    room = tokens - sum(length(f" {sentence}") for sentence in (*opening, *facts.sentences))
+    room = tokens - sum(length(f" {sentence}") for sentence in (*opening, *facts.sentences, *facts.closing))
     if room < 0:
         raise ConfigError(f"the facts of task '{name}' are {-room} tokens longer than a context of {tokens}")
-    filler = prose.take(draw, length, room)
+    filler = prose.take(draw, length, room, repeated=task.repeated)
     sentences = list(facts.sentences)
     if not facts.ordered:
         draw.shuffle(sentences)
-    places = sorted(draw.randint(0, len(filler)) for _ in sentences)
-    return Item(name, task.family, task.score, " ".join(opening + _strew(filler, sentences, places)), tuple(questions))
+    places = sorted(draw.randint(0, int(task.within * len(filler))) for _ in sentences)
+    context = " ".join([*opening, *_strew(filler, sentences, places), *facts.closing])
+    return Item(name, task.family, task.score, context, tuple(questions))
 
 
 def _strew(filler: Sequence[str], sentences: Sequence[str], places: Sequence[int]) -> list[str]:

@@ -97,7 +97,7 @@ class Verification:
         return asdict(self)
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """One number for each of n positions, on the CPU."""
 
     kl: Tensor  # [n] float64
@@ -150,7 +150,7 @@ def verify(llm: LLM, tokens: Tensor, *, progress: Progress | None = None) -> Ver
     chunk = (max(1, min(llm.chunk, count // SAMPLES)) - 1) | 1
     llm.owner = None
     bounded.reset()
-    blocks: list[_Steps] = []
+    blocks: list[Steps] = []
     lost: list[Tensor] = []
     ends: list[int] = []
     with last_queries(model, full) as queries:
@@ -158,17 +158,17 @@ def verify(llm: LLM, tokens: Tensor, *, progress: Progress | None = None) -> Ver
         for (_, wanted), (_, found) in zip(*sides, strict=True):  # [1, T, hidden] each
             at = full.seen[0]
             targets = tokens[at - wanted.shape[1] + 1 : at + 1].to(wanted.device, torch.int64)  # [T]
-            blocks += _compare(model, wanted[0], found[0], targets, llm.real_vocab)
+            blocks += next_tokens(model, wanted[0], found[0], targets, llm.real_vocab)
             pairs = zip(full.layers, bounded.layers, strict=True)
             lost.append(torch.stack([lost_mass(*pair, queries[pair[0].index], at - 1).cpu() for pair in pairs]))
             ends.append(at - 1)
             llm.check_memory()
             if progress is not None:
                 progress(at, count)
-    steps = _Steps(*map(torch.cat, zip(*blocks, strict=True)))
+    steps = Steps(*map(torch.cat, zip(*blocks, strict=True)))
     masses, sampled = torch.stack(lost), torch.tensor(ends)  # [samples, L, 2, Hkv], [samples]
     parts = [
-        _summarise(steps, masses[sampled >= start], start, tokens, llm.checkpoint.tokenizer)
+        summarise(steps, masses[sampled >= start], start, tokens, llm.checkpoint.tokenizer)
         for start in (0, llm.plan.retention.slots)  # before its slots are full, no layer evicts
         if start < count
     ]
@@ -184,7 +184,7 @@ def verify(llm: LLM, tokens: Tensor, *, progress: Progress | None = None) -> Ver
     )
 
 
-def _compare(model: Transformer, wanted: Tensor, found: Tensor, targets: Tensor, real_vocab: int) -> Iterator[_Steps]:
+def next_tokens(model: Transformer, wanted: Tensor, found: Tensor, targets: Tensor, real_vocab: int) -> Iterator[Steps]:
     """Hidden states [T, hidden] of the full cache and of the bounded one, and the T tokens that came."""
     pairs = zip(log_probabilities(model, wanted, real_vocab), log_probabilities(model, found, real_vocab), strict=True)
     for (p, q), came in zip(pairs, targets.split(LOGIT_ROWS), strict=True):  # [n, V'] each, [n]
@@ -194,10 +194,10 @@ def _compare(model: Transformer, wanted: Tensor, found: Tensor, targets: Tensor,
             -q.gather(1, came[:, None])[:, 0],
         )
         kl, full, budget = (one.cpu().to(torch.float64) for one in numbers)
-        yield _Steps(kl, full, budget, p.argmax(1).cpu(), q.argmax(1).cpu())
+        yield Steps(kl, full, budget, p.argmax(1).cpu(), q.argmax(1).cpu())
 
 
-def _summarise(steps: _Steps, masses: Tensor, start: int, tokens: Tensor, tokenizer: Tokenizer) -> Comparison:
+def summarise(steps: Steps, masses: Tensor, start: int, tokens: Tensor, tokenizer: Tokenizer) -> Comparison:
     """Everything from position `start` on.  masses [samples, L, 2, Hkv] are those of the queries there."""
     kl, full_nats, budget_nats, full_top, budget_top = (one[start:] for one in steps)
     full, budget = float(full_nats.mean()), float(budget_nats.mean())

@@ -44,9 +44,11 @@ def make_policy(name: str, **options: Option | None) -> EvictionPolicy:
     given = {option: value for option, value in options.items() if value is not None}
     types = {field.name: str(field.type) for field in fields(policy)}  # type: ignore[arg-type]  # all are dataclasses
     if unknown := set(given) - set(types):
+        owners = [other for other, kind in POLICIES.items() if unknown <= {f.name for f in fields(kind)}]  # type: ignore[arg-type]
         raise ConfigError(
             f"policy '{name}' has no option {', '.join(sorted(unknown))}; "
             f"it has {', '.join(sorted(types)) if types else 'none'}"
+            + (f" (for this one choose --policy {' or '.join(owners)})" if owners else "")
         )
     return policy(**{option: _read(option, value, types[option]) for option, value in given.items()})
 

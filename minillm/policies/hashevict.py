@@ -113,7 +113,11 @@ class HashEvict(EvictionPolicy):
         settling = 4 * config.head_dim * (2 if narrow else 1) + 10 * self.hash_bits if self.centred else 0
         return max(counting, settling)
 
-    def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:
+    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:
+        """Codes and lengths, which depend on nothing but the key and the frozen mean."""
+        return self._tags(layer, keys)
+
+    def _tags(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:
         """Codes [B, Hkv, n, W] and lengths [B, Hkv, n] of keys [B, Hkv, n, D]."""
         if self.centred:
             keys = keys.to(torch.promote_types(keys.dtype, torch.float32)) - layer.state["centre"].unsqueeze(2)
@@ -131,7 +135,7 @@ class HashEvict(EvictionPolicy):
         mean = (first if first.shape[2] else keys).mean(2)  # [B, Hkv, D]; more sinks than that: of all
         centre = layer.state["centre"]
         centre.copy_(torch.where(due[:, None, None], mean.to(centre.dtype), centre))
-        for name, tag in self.tag(layer, keys).items():
+        for name, tag in self._tags(layer, keys).items():
             mine = due.view(-1, *[1] * (tag.ndim - 1))
             layer.state[name].copy_(torch.where(mine, tag, layer.state[name]))
 
@@ -206,4 +210,4 @@ class HashEvictKey(HashEvict):
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """P - 2 Hamming to the newest key: [B, Hkv, S]."""
-        return self._liking(layer, self.tag(layer, key.unsqueeze(2))["codes"], now)
+        return self._liking(layer, self._tags(layer, key.unsqueeze(2))["codes"], now)

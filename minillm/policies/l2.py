@@ -35,7 +35,7 @@ class L2(EvictionPolicy):
         """
         return {"norms": ((), torch.bfloat16)}
 
-    def tag(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """||k|| of keys [B, Hkv, n, D]: [B, Hkv, n]."""
         return {"norms": keys.to(torch.float32).norm(dim=-1).to(torch.bfloat16)}
 
