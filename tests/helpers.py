@@ -62,10 +62,11 @@ def make_cache(
 ) -> KVCache:
     """A cache for `model` in the model's dtype; retention options and policy options alike by name."""
     retention = {name: options.pop(name, None) for name in ("sinks", "recent", "evict_every")}
+    rule = make_policy(policy, **options)
     return KVCache(
         model.config,
-        make_policy(policy, **options),
-        Retention.of(slots, **retention),
+        rule,
+        Retention.of(slots, recent_share=rule.recent_share, **retention),
         rows=rows,
         position_mode=position_mode,
         dtype=model.model.embed_tokens.weight.dtype,

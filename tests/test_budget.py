@@ -67,7 +67,7 @@ def test_bytes_that_hold_nothing() -> None:
 
 
 def test_default_policy() -> None:
-    for budget, name in ((None, "full"), ("1.0", "full"), ("0.5", "hashevict"), ("64", "hashevict")):
+    for budget, name in ((None, "full"), ("1.0", "full"), ("0.5", "hashevict-plus"), ("64", "hashevict-plus")):
         assert CachePlan.of(tiny_config(), budget=budget, whole=100, dtype=torch.float32).policy.name == name
 
 

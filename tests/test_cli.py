@@ -132,7 +132,7 @@ def test_budgets_become_slots(budget: str | None, slots: int, run: Run, tiny: Pa
     assert result["usage"]["seen_tokens"] == 39
     assert result["usage"]["kept_tokens"] <= slots
     assert result["usage"]["kept_tokens"] + result["usage"]["evicted_tokens"] == 39
-    assert result["cache"]["policy"] == ("full" if budget in (None, "1.0") else "hashevict")
+    assert result["cache"]["policy"] == ("full" if budget in (None, "1.0") else "hashevict-plus")
     if budget != "64":  # more than the context
         assert json.loads(run("plan", *options)[0])["cache"] == result["cache"]
 

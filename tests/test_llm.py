@@ -50,7 +50,7 @@ def test_greedy_generation_is_the_argmax_of_a_plain_forward_pass(llm: LLM) -> No
     """Against feeding prompt and answer again in one go: the same tokens, under eviction."""
     result = llm.generate(WORDS, max_tokens=60, ignore_eos=True, temperature=0.0)
     tokens = torch.cat([llm.encode(WORDS), torch.tensor(result.token_ids[:-1])])[None]  # [1, n]
-    logits = run(llm.model, make_cache(llm.model, "hashevict", 40), tokens, 7)[0]  # [n, V]
+    logits = run(llm.model, make_cache(llm.model, "hashevict-plus", 40), tokens, 7)[0]  # [n, V]
     start = tokens.shape[1] - len(result.token_ids)
     assert logits[start:, : llm.real_vocab].argmax(-1).tolist() == result.token_ids
 
