@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cases import TEXT
 from .compare import Row
+
+Point = tuple[float, float, float]  # x, y, and half the confidence interval of y
 
 
 @dataclass(frozen=True)
@@ -22,45 +24,76 @@ class Axis:
     logarithmic: bool = False
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures side by side: its lines by label."""
+
+    title: str
+    y_name: str
+    lines: Mapping[str, Sequence[Point]]
+
+
 by_budget = Axis("budget (% of the context)", lambda row: (row.policy, 100 * row.budget))
 
 
 def plot(rows: Sequence[Row], files: Sequence[Path], title: str, axis: Axis = by_budget) -> None:
     """Draw the difference to the full cache with its confidence interval.  Raises ImportError without matplotlib."""
+    panels = []
+    for name in dict.fromkeys(row.family for row in rows):
+        scale = 1 if name == TEXT else 100
+        lines: dict[str, list[Point]] = {}
+        for row in rows:
+            if row.family == name:
+                line, x = axis.place(row)
+                lines.setdefault(line, []).append((x, scale * row.difference, scale * row.interval))
+        panels.append(Panel(name, "nats per token" if name == TEXT else "points against the full cache", lines))
+    draw(panels, files, title, axis.name, logarithmic=axis.logarithmic, zero=True)
+
+
+def draw(
+    panels: Sequence[Panel],
+    files: Sequence[Path],
+    title: str,
+    x_name: str,
+    *,
+    logarithmic: bool = False,
+    zero: bool = False,
+) -> None:
+    """Panels that share the x axis and the colours of their lines.  Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    families = list(dict.fromkeys(row.family for row in rows))
-    lines = list(dict.fromkeys(axis.place(row)[0] for row in rows))
-    figure, panels = pyplot.subplots(1, len(families), figsize=(3.6 * len(families) + 1.6, 4.2), squeeze=False)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+    legend = 0.7 + 0.07 * max(map(len, labels))  # inches
+    width = 3.6 * len(panels) + legend
+    figure, places = pyplot.subplots(1, len(panels), figsize=(width, 4.2), squeeze=False)
     colours = pyplot.get_cmap("tab20").colors
-    for panel, name in zip(panels[0], families, strict=True):
-        for number, line in enumerate(lines):
-            mine = [(axis.place(row)[1], row) for row in rows if (row.family, axis.place(row)[0]) == (name, line)]
-            mine.sort(key=lambda pair: pair[0])
-            scale = 1 if name == TEXT else 100
-            panel.errorbar(
-                [x for x, _ in mine],
-                [scale * row.difference for _, row in mine],
-                yerr=[scale * row.interval for _, row in mine],
-                label=line,
+    for place, panel in zip(places[0], panels, strict=True):
+        for number, label in enumerate(labels):
+            points = sorted(panel.lines.get(label, ()))
+            place.errorbar(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                yerr=[half for _, _, half in points],
+                label=label,
                 color=colours[number % len(colours)],
                 marker="o^sv"[number % 4],
-                linewidth=2.6 if line.startswith("hashevict-plus") else 1.2,
+                linewidth=2.6 if label.startswith("hashevict-plus") else 1.2,
                 markersize=4,
                 capsize=2,
             )
-        panel.axhline(0, color="grey", linewidth=0.8)
-        panel.set(title=name, xlabel=axis.name)
-        if axis.logarithmic:
-            panel.set_xscale("log", base=2)
-        panel.set_ylabel("nats per token" if name == TEXT else "points against the full cache")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center right", fontsize=8, frameon=False)
+        if zero:
+            place.axhline(0, color="grey", linewidth=0.8)
+        place.set(title=panel.title, xlabel=x_name, ylabel=panel.y_name)
+        if logarithmic:
+            place.set_xscale("log", base=2)
+            place.xaxis.set_major_formatter("{x:g}")  # 16, not 2 to the power of 4
+    handles, names = places[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1 - 1.6 / (3.6 * len(families) + 1.6), 1))
+    figure.tight_layout(rect=(0, 0, 1 - legend / width, 1))
     for file in files:
         figure.savefig(file, dpi=110)
     pyplot.close(figure)
