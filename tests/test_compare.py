@@ -14,7 +14,7 @@ import torch
 
 from minillm.cli.compare import SAMPLE
 from minillm.cli.main import main
-from minillm.errors import ConfigError, PromptError
+from minillm.errors import BudgetError, ConfigError, PromptError
 from minillm.lab import compare
 from minillm.lab.ask import ask, reader
 from minillm.lab.cases import TEXT, Asked, Case, check_tasks, make_cases, read_cases
@@ -308,3 +308,11 @@ def test_inference_mode_leaves_the_cache_usable(llm: LLM, prose: Prose) -> None:
     ask(bounded, [case])
     assert bounded.generate("Once", max_tokens=3).usage.seen_tokens
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_budget_too_small_for_a_policy_is_said_before_anything_is_computed(llm: LLM, prose: Prose) -> None:
+    grid = Grid(["choice"], [Contender("window"), Contender("snapkv")], [0.5, 0.02], contexts=2, rows=2)
+    store = Store(None)
+    with pytest.raises(BudgetError, match=r"'snapkv' cannot be held to 0\.02 of 512 tokens .*leave it out"):
+        compare.run(llm, grid, prose, store, quiet)
+    assert not store.found

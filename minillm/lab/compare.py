@@ -17,7 +17,7 @@ from typing import Any
 
 from ..budget import CachePlan
 from ..cache import cache_bytes
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..eviction import Retention
 from ..fingerprint import model_digest
 from ..llm import LLM
@@ -132,11 +132,23 @@ class _Block:
 
 
 def run(llm: LLM, grid: Grid, prose: Prose | None, store: Store, progress: Callable[[int, int], None]) -> list[Row]:
-    """Everything that is not in the store yet, then the table."""
+    """Everything that is not in the store yet, then the table.
+
+    Raises BudgetError, before anything is computed, where a budget is too small for one of the policies.
+    """
     of = identity(llm, repr(grid.own) if prose is None else "\n".join(prose.sentences))
     blocks = list(_blocks(llm, grid, prose))
     kept: dict[tuple[str, int, str, float], list[list[list[float]]]] = {}
     pairs = [(Contender("full"), 1.0)] + [(policy, budget) for policy in grid.policies for budget in grid.budgets]
+    for shortest in {block.rows: block for block in sorted(blocks, key=lambda block: -block.tokens)}.values():
+        for who, budget in pairs[1:]:
+            try:
+                _plan(llm, grid, shortest, (), who, budget, 0)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"policy '{who.label}' cannot be held to {budget:g} of {shortest.tokens:,} tokens ({error}); "
+                    "leave it out, or raise the budget"
+                ) from None
     total, done = sum(len(who.seeds(grid.seeds)) for who, _ in pairs) * len(blocks), 0
     for block in blocks:
         cases: Sequence[Case] = ()
