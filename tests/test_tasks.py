@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minillm.errors import ConfigError
-from minillm.lab.tasks import EVERY_TASK, NUMBERS, STRESS, TASKS, Prose, codes, make_item
+from minillm.lab.tasks import EVERY_TASK, NUMBERS, STRESS, Prose, codes, make_item
 from minillm.tokenizer import Tokenizer
 
 SENTENCES = ["The old man went down to the sea.", "Nobody knew what he was looking for.", "It was a cold, grey day."]
