@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from minillm.cli.compare import SAMPLE
 from minillm.cli.main import main
 from minillm.errors import BudgetError, ConfigError, PromptError
 from minillm.lab import compare
-from minillm.lab.ask import ask, reader
+from minillm.lab.ask import ask, reader, rouge_l
 from minillm.lab.cases import TEXT, Asked, Case, check_tasks, make_cases, read_cases
 from minillm.lab.compare import FAMILIES, Contender, Grid, interval
 from minillm.lab.store import Store
@@ -316,3 +317,28 @@ def test_a_budget_too_small_for_a_policy_is_said_before_anything_is_computed(llm
     with pytest.raises(BudgetError, match=r"'snapkv' cannot be held to 0\.02 of 512 tokens .*leave it out"):
         compare.run(llm, grid, prose, store, quiet)
     assert not store.found
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
+    assert rouge_l("a c d".split(), "a b c".split()) == pytest.approx(2 / 3)  # a c
+    assert rouge_l("c b a".split(), "a b c".split()) == pytest.approx(1 / 3)  # the order counts
+    assert rouge_l("a b c x y z".split(), "a b c".split()) == pytest.approx(2 / 3)  # so does what is said besides
+    assert rouge_l([], ["a"]) == 0
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge_score comes with lm-eval, of the lab extra")
+    theirs, draw = scorer.RougeScorer(["rougeL"]), random.Random(0)
+    for _ in range(200):
+        said, right = (draw.choices("red blue green black white".split(), k=draw.randint(1, 12)) for _ in range(2))
+        found = theirs.score(" ".join(right), " ".join(said))["rougeL"].fmeasure
+        assert rouge_l(said, right) == pytest.approx(found)
+
+
+def test_a_summary_is_scored_by_recall_and_rouge_l(llm: LLM, prose: Prose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All facts in the wrong order: recall alone would be 1."""
+    (case,) = make_cases("summary", llm.checkpoint.tokenizer, prose, tokens=300, seeds=[0])
+    (asked,) = case.questions
+    right = llm.checkpoint.tokenizer.decode(asked.answers[0]).split()
+    backwards = " ".join(word for at in range(len(right) - 3, -1, -3) for word in right[at : at + 3])
+    plan = llm.checkpoint.plan(policy="full", context=400)
+    for text, score in ((" ".join(right), 1.0), (backwards, (1 + 3 / 15) / 2)):
+        monkeypatch.setattr("minillm.lab.ask._answers", lambda *_, text=text: [text])
+        assert ask(reader(llm, plan), [case]) == [[pytest.approx(score)]]

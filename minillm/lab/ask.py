@@ -79,7 +79,8 @@ def _ask_one(llm: LLM, fork: Fork, asked: Sequence[Asked]) -> list[float]:
     """One question of every row."""
     if asked[0].wanted:
         answers = _answers(llm, fork, asked)
-        return [sum(w in text for w in one.wanted) / len(one.wanted) for one, text in zip(asked, answers, strict=True)]
+        decode = llm.checkpoint.tokenizer.decode
+        return [_said(one, text, decode(one.answers[one.right])) for one, text in zip(asked, answers, strict=True)]
     if all(len(one.answers) == 1 for one in asked):
         logits = _after(llm, fork, asked, [one.answers[0] for one in asked])
         return [
@@ -98,6 +99,22 @@ def _ask_one(llm: LLM, fork: Fork, asked: Sequence[Asked]) -> list[float]:
         )
     best = torch.tensor(totals).argmax(0)  # [B]
     return [float(found == one.right) for found, one in zip(best.tolist(), asked, strict=True)]
+
+
+def _said(asked: Asked, text: str, right: str) -> float:
+    """The share of what was wanted that a text holds; where the order counts, its mean with ROUGE-L."""
+    recall = sum(wanted in text for wanted in asked.wanted) / len(asked.wanted)
+    return (recall + rouge_l(text.split(), right.split())) / 2 if asked.ordered else recall
+
+
+def rouge_l(said: Sequence[str], right: Sequence[str]) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words.  a c d, a b c -> a c: 2 / 3."""
+    lengths = [0] * (len(right) + 1)  # of the subsequence of what was said so far with the first words of the answer
+    for word in said:
+        before = list(lengths)
+        for at, other in enumerate(right, 1):
+            lengths[at] = before[at - 1] + 1 if word == other else max(before[at], lengths[at - 1])
+    return 2 * lengths[-1] / (len(said) + len(right)) if said or right else 1.0
 
 
 def _after(llm: LLM, fork: Fork, asked: Sequence[Asked], answers: Sequence[list[int]]) -> list[Tensor]:

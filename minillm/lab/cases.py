@@ -27,12 +27,14 @@ class Asked:
     """One question: its tokens, the tokens of each answer on offer, and which of them is right.
 
     wanted: texts of which the share counts that the model's own answer holds; empty: the answer itself is compared.
+    ordered: with ROUGE-L against the right answer, too.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     right: int = 0
     wanted: tuple[str, ...] = ()
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _asked(tokenizer: Tokenizer, context: str, question: Question) -> Asked:
     tail = context[-200:]
     texts = question.choices or (question.answer,)
     prompt, *answers = _continued(tokenizer, tail, [f" {question.prompt}", *texts])
-    return Asked(prompt, answers, texts.index(question.answer), question.wanted)
+    return Asked(prompt, answers, texts.index(question.answer), question.wanted, question.ordered)
 
 
 def _continued(tokenizer: Tokenizer, context: str, texts: Sequence[str]) -> list[list[int]]:

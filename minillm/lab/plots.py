@@ -33,6 +33,7 @@ class Panel:
     lines: Mapping[str, Sequence[Point]]
 
 
+COLUMNS = 4  # panels side by side; more go into further rows
 by_budget = Axis("budget (% of the context)", lambda row: (row.policy, 100 * row.budget))
 
 
@@ -67,20 +68,25 @@ def draw(
 
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     legend = 0.7 + 0.07 * max(map(len, labels))  # inches
-    width = 3.6 * len(panels) + legend
-    figure, places = pyplot.subplots(1, len(panels), figsize=(width, 4.2), squeeze=False)
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    width = 3.6 * columns + legend
+    figure, grid = pyplot.subplots(rows, columns, figsize=(width, 3.9 * rows), squeeze=False)
+    places = list(grid.flat)
+    for spare in places[len(panels) :]:
+        spare.set_axis_off()
     colours = pyplot.get_cmap("tab20").colors
-    for place, panel in zip(places[0], panels, strict=True):
+    for place, panel in zip(places, panels, strict=False):
         for number, label in enumerate(labels):
-            points = sorted(panel.lines.get(label, ()))
+            points, ours = sorted(panel.lines.get(label, ())), label.startswith("hashevict-plus")
             place.errorbar(
                 [x for x, _, _ in points],
                 [y for _, y, _ in points],
                 yerr=[half for _, _, half in points],
                 label=label,
-                color=colours[number % len(colours)],
+                color="black" if ours else colours[number % len(colours)],
                 marker="o^sv"[number % 4],
-                linewidth=2.6 if label.startswith("hashevict-plus") else 1.2,
+                linewidth=2.4 if ours else 1.2,
                 markersize=4,
                 capsize=2,
             )
@@ -90,7 +96,7 @@ def draw(
         if logarithmic:
             place.set_xscale("log", base=2)
             place.xaxis.set_major_formatter("{x:g}")  # 16, not 2 to the power of 4
-    handles, names = places[0][0].get_legend_handles_labels()
+    handles, names = places[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="center right", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0, 1 - legend / width, 1))

@@ -8,7 +8,7 @@ be asked (unless `question_first`, which is a task of its own).  Four families, 
                 of two codes followed hop by hop; the most common of strewn words     (after RULER, arXiv 2404.06654)
     choice      "Anna keeps lamp." asked "Anna keeps" with four answers, all of them in the text, scored by likelihood
     arithmetic  "Box river three." asked for the sum of three boxes, step by step
-    summary     "first river gold." "second ..." strewn in order; asked for all of them
+    summary     "first river gold." "second ..." strewn in order; asked for all of them, scored by recall and ROUGE-L
 
 Beside them stand pathological inputs (STRESS), each a family of its own: filler that repeats one sentence, facts that
 all lie at the beginning, facts whose every word also stands elsewhere in another sense, and queries that keep asking
@@ -44,7 +44,7 @@ ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 VERBS = ("keeps", "wants", "sells")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
-Score = Literal["exact", "recall", "choice"]
+Score = Literal["exact", "recall", "choice", "recall and ROUGE-L"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ class Question:
     """What follows the context, and what a model that remembers says next.
 
     answer: the words wanted, each with its leading space, joined.  choices: the texts to choose from by likelihood.
-    wanted: words of which the share that is said counts ("recall").
+    wanted: words of which the share that is said counts ("recall").  ordered: so does their order, and what is said
+    besides: the mean of that share and of ROUGE-L.
     """
 
     prompt: str
     answer: str
     choices: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,11 @@ def _summary(draw: random.Random) -> Facts:
     keys, values = _words(draw, KEYS, 5), _words(draw, VALUES, 5)
     points = [f"{order} {key} {value}" for order, key, value in zip(ORDINALS, keys, values, strict=False)]
     wanted = tuple(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    return Facts([f"{point}." for point in points], [Question("Summary:", f" {' '.join(points)}", wanted=wanted)], True)
+    return Facts(
+        [f"{point}." for point in points],
+        [Question("Summary:", f" {' '.join(points)}", wanted=wanted, ordered=True)],
+        True,
+    )
 
 
 def _overlap(draw: random.Random) -> Facts:
@@ -207,7 +213,7 @@ TASKS: dict[str, Task] = {
     "common": Task("retrieval", "exact", _common),
     "choice": Task("choice", "choice", _choice),
     "arithmetic": Task("arithmetic", "exact", _arithmetic),
-    "summary": Task("summary", "recall", _summary),
+    "summary": Task("summary", "recall and ROUGE-L", _summary),
     "keys-first": Task("question-first", "exact", _keys, question_first=True),
 }
 STRESS: dict[str, Task] = {
