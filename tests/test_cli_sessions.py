@@ -80,7 +80,7 @@ def test_only_the_new_turn_is_fed(talker: Path, tmp_path: Path, capsys: pytest.C
     ("words", "says"),
     [
         (("--budget", "41"), r"slots 40 \(here 41\)"),
-        (("--policy", "window"), r"policy hashevict \(here window\)"),
+        (("--policy", "window"), r"policy hashevict-plus \(here window\)"),
         (("--chunk", "32"), r"chunk 256 \(here 32\)"),
         (("--dtype", "bfloat16"), r"dtype float32 \(here bfloat16\)"),
         (("--system", "be rude"), "began with another system message"),

@@ -126,7 +126,7 @@ def test_a_run_stays_under_the_promise(folder: Path, tmp_path: Path) -> None:
     assert found["memory"]["peak"] <= found["memory"]["planned"] <= promise
     assert found["usage"]["seen_tokens"] > 5 * found["cache"]["slots"]
     assert 100 <= found["cache"]["slots"] <= 500  # the prompt has been counted, so base is a little more
-    assert found["cache"]["policy"] == "hashevict"
+    assert found["cache"]["policy"] == "hashevict-plus"
 
 
 @pytest.fixture

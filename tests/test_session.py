@@ -124,7 +124,7 @@ def test_resuming_is_exact_for_every_policy(
 
 @pytest.mark.parametrize("options", [{"hash_bits": 24, "centred": True, "norm_weighted": True, "decay": 0.9}])
 def test_resuming_is_exact_with_the_policys_options(options: dict[str, Any], llm: LLM, file: Path) -> None:
-    here = twin(llm, budget=SLOTS, **options)
+    here = twin(llm, budget=SLOTS, policy="hashevict", **options)
     whole, part = here.session(**DRAWN), here.session(**DRAWN)
     whole.append(WORDS)
     expected = ids(whole, 30)
@@ -412,7 +412,7 @@ def test_rewinding_is_refused_where_it_cannot_be_exact(llm: LLM) -> None:
     session.append([8, 8])
     with pytest.raises(SessionError, match="some have been evicted; restore a session that was saved before"):
         session.rewind(1)
-    for options in ({"policy": "h2o"}, {"policy": "snapkv"}, {"decay": 0.9}):
+    for options in ({"policy": "h2o"}, {"policy": "snapkv"}, {"policy": "hashevict", "decay": 0.9}):
         session = twin(llm, budget=SLOTS, **options).session(**GREEDY)
         session.append([5, 6, 7])
         with pytest.raises(SessionError, match="remembers queries that came after"):
@@ -423,8 +423,7 @@ def test_rewinding_is_refused_where_it_cannot_be_exact(llm: LLM) -> None:
 
 OTHER: dict[str, dict[str, Any]] = {  # field -> another plan, which differs in that field
     "policy": {"budget": SLOTS, "policy": "window"},
-    "hash-bits": {"budget": SLOTS, "hash_bits": 8},
-    "policy-seed": {"budget": SLOTS, "policy_seed": 1},
+    "decay": {"budget": SLOTS, "decay": 0.9},
     "slots": {"budget": SLOTS + 1},
     "sinks": {"budget": SLOTS, "sinks": 1},
     "recent": {"budget": SLOTS, "recent": 3},
@@ -441,6 +440,15 @@ def test_another_cache_is_named(field: str, llm: LLM, file: Path) -> None:
     session.append(WORDS)
     session.save(file)
     other = twin(llm, **OTHER[field]).session(**GREEDY)
+    refuse(other, file, field, settings(session)[field], settings(other)[field])
+
+
+@pytest.mark.parametrize(("field", "option"), [("hash-bits", {"hash_bits": 8}), ("policy-seed", {"policy_seed": 1})])
+def test_another_projection_is_named(field: str, option: dict[str, int], llm: LLM, file: Path) -> None:
+    session = twin(llm, budget=SLOTS, policy="hashevict").session(**GREEDY)
+    session.append(WORDS)
+    session.save(file)
+    other = twin(llm, budget=SLOTS, policy="hashevict", **option).session(**GREEDY)
     refuse(other, file, field, settings(session)[field], settings(other)[field])
 
 
@@ -515,9 +523,9 @@ def test_every_difference_is_named_at_once(llm: LLM, file: Path) -> None:
     session.save(file)
     with pytest.raises(SessionError) as refused:
         twin(llm, budget=24, policy="window", sinks=0).session().load(file)
-    for field in ("policy hashevict (here window)", "slots 40 (here 24)", "sinks 2 (here 0)"):
+    for field in ("policy hashevict-plus (here window)", "slots 40 (here 24)", "sinks 2 (here 0)"):
         assert field in str(refused.value)
-    assert "hash-bits" not in str(refused.value), "options of another policy are no news beside the policy"
+    assert "decay" not in str(refused.value), "options of another policy are no news beside the policy"
 
 
 def test_a_damaged_file_leaves_the_running_session_alone(llm: LLM, file: Path) -> None:
