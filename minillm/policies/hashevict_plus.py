@@ -27,7 +27,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from ..config import ModelConfig
 from ..errors import ConfigError
@@ -69,7 +69,8 @@ class HashEvictPlus(EvictionPolicy):
         directions = normalize(layer.dense_keys(None, precise), dim=-1)  # [B, Hkv, S, D]
         ages = torch.arange(directions.shape[2] - 1, -1, -1, device=directions.device, dtype=torch.float64)  # [S]
         total = (self.decay**ages).to(precise) @ directions  # [B, Hkv, D]
-        novelty = -cosine_similarity(directions, directions.mean(2, keepdim=True), dim=-1)  # [B, Hkv, S]
+        mean = normalize(directions.mean(2), dim=-1)  # [B, Hkv, D]
+        novelty = -(directions @ mean.unsqueeze(3)).squeeze(3)  # [B, Hkv, S], with no second copy of the keys
         for name, first in (("total", total), ("novelty", novelty)):
             held = layer.state[name]
             held.copy_(torch.where(due[:, None, None], first.to(held.dtype), held))
@@ -84,7 +85,8 @@ class HashEvictPlus(EvictionPolicy):
         sums = (directions / powers).cumsum(2).add_(total.unsqueeze(2)).mul_(powers)  # [B, Hkv, n, D]
         begun = total.any(-1, keepdim=True)  # [B, Hkv, 1]
         total.copy_(sums[:, :, -1] * begun)
-        cosines = torch.linalg.vecdot(directions, sums) / torch.linalg.vector_norm(sums, dim=-1)  # [B, Hkv, n]
+        lengths = torch.linalg.vector_norm(sums, dim=-1).clamp(min=1e-12)  # [B, Hkv, n]; of zero keys: 0
+        cosines = torch.linalg.vecdot(directions, sums) / lengths  # [B, Hkv, n]
         return {"novelty": -(cosines * begun).to(torch.bfloat16)}
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
