@@ -95,7 +95,7 @@ class Bench:
             contexts=args.contexts or size["contexts"],
             rows=args.rows,
             seeds=args.seeds or size["seeds"],
-            tokens=256 if args.quick else None,
+            tokens=args.tokens or (256 if args.quick else None),
             equal=equal,
         )
         store = Store(self.folder(experiment) / "results.jsonl")
@@ -240,6 +240,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", action="append", metavar="MODEL", help="repeatable for sizes (default: weights/minillm-recall)")
     add("--haystack", type=Path, default=SAMPLE, metavar="PATH", help="prose: a text or a folder of texts")
     add("--contexts", type=positive, metavar="N", help="of each task (default: 64; 4 with --quick)")
+    add("--tokens", type=positive, metavar="N", help="of a context (default: 1,024 for retrieval, else 512)")
     add("--rows", type=positive, default=32, metavar="N", help="contexts read side by side (default: 32)")
     add("--seeds", type=positive, metavar="N", help="of projections (default: 3; 1 with --quick)")
     add("--threads", type=positive, metavar="N", help="of the CPU (default: as torch chooses)")
