@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,4 +24,11 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny models are fastest on one thread, and threads that wait for each other crawl on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    """Training and tools choose their own number; the tests after them should not have it."""
+    yield
     torch.set_num_threads(1)

@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 from xml.etree import ElementTree
@@ -36,13 +35,6 @@ GRIDS = {  # families, budgets, policies
     "sizes": ({"retrieval", "choice", "text", "mean"}, 1, 4),
 }
 MEASURED = ("nearest/codes", "diagnose/30%", "speed")
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import math
 import random
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,14 +33,6 @@ from train_export import SAMPLING
 
 SHAPE = ["--vocab=320", "--hidden=32", "--layers=2", "--heads=2", "--kv-heads=1", "--intermediate=48"]
 SHAPE += ["--context=32", "--batch=8"]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Training computes with one thread per worker; the tests after it should not."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
