@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import BudgetError
-from .slots import PINNED, LayerCache
+from .slots import NOTHING, PINNED, LayerCache
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # a shape, and what is in it
+TAGGED_TOGETHER = 256  # keys of a KV head that a policy tags at once, at most
 
 
 class EvictionPolicy(ABC):
@@ -31,6 +32,7 @@ class EvictionPolicy(ABC):
     evicts: ClassVar[bool] = True
     recent_share: ClassVar[int] = 4  # by default the last slots / recent_share tokens are protected
     needs_kinds: ClassVar[bool] = False  # whether tokens must be flagged as SPECIAL and PUNCTUATION
+    needs_keys: ClassVar[bool] = False  # whether `tag_` wants the key of every token
     needs_attention: ClassVar[bool] = False  # whether `observe_attention_` wants the weights of every query
     watching: ClassVar[int] = 0  # bytes per query, slot and KV head that it holds for a moment
 
@@ -40,7 +42,7 @@ class EvictionPolicy(ABC):
         return False
 
     def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
-        """Shape (after [B, Hkv, S]) and dtype of what is kept for a slot; cleared to 0 when a token enters it."""
+        """Shape (after [B, Hkv, S]) and dtype of what is kept for a slot; 0 for a token not tagged or observed yet."""
         return {}
 
     def head_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
@@ -55,26 +57,31 @@ class EvictionPolicy(ABC):
         """What `constants_spec` declares: a function of options, model and layer alone, so it need not be saved."""
         return {}
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:  # noqa: ARG002
-        """Bytes per slot and KV head that `settle_` or `score` hold for a moment, as test_memory_plan.py checks.
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:  # noqa: ARG002
+        """Bytes per KV head that `settle_`, `tag_` or `score` hold for a moment, as test_memory_plan.py checks.
 
         narrow: keys are stored in less than 32 bits, so that whoever reads them as float32 makes a copy.
         """
         return 0
 
-    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """What to store beside keys [B, Hkv, n, D], exact whatever the cache stores: [B, Hkv, n, ...] by name.
+    def tag_(self, layer: LayerCache, keys: Tensor, due: Tensor) -> dict[str, Tensor]:
+        """What to store beside keys [B, Hkv, n, D], at least in float32: [B, Hkv, n, ...] by name of `slot_state`.
 
-        Every token passes once, in order, and may be noted in `layer.state`; before `settle_` it may not, so that a
-        session can take tokens back.
+        Keys are tagged when an eviction needs it and not when they come: those since the last eviction together, at
+        most TAGGED_TOGETHER at once.  They are what the cache has stored, in 8 bits if it does.  Every token passes
+        once, in order, and may be noted in `layer.state`, in the rows that are `due` [B] only: what is returned for
+        other rows is not stored.
         """
-        return {}
+        raise NotImplementedError(f"{self.name} does not tag keys")
 
-    def settle_(self, layer: LayerCache, due: Tensor) -> None:  # noqa: B027
-        """Fix what follows from the first S tokens, in the rows that are `due` [B]: once, before their first eviction.
+    def settle_(self, layer: LayerCache, due: Tensor) -> None:
+        """Tag the first S tokens, and fix what follows from them, in the rows that are `due` [B].
 
-        Until then the tokens 0..S-1 lie in the slots 0..S-1.
+        Once, before their first eviction; the tokens 0..S-1 lie in the slots 0..S-1.  Nothing is noted before, so that
+        a session can take tokens back.
         """
+        if self.needs_keys:
+            tag_slots_(layer, layer.all_slots(), due)
 
     def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:
         """Note queries [B, H, n, D] at `positions` [B, n], in order, after their attention."""
@@ -154,15 +161,25 @@ def evict_(layer: LayerCache, query: Tensor, key: Tensor, now: Tensor, *, settle
     """Free `evict_every` slots per KV head in every row whose incoming token, at position `now` [B], finds none free.
 
     Rows that are not due are left as they are: the decision is a mask, so rows of a batch may be in different phases.
-    settle: whether some row does this for the first time.
+    settle: whether some row does this for the first time.  Otherwise the tokens since the last time, which lie in what
+    was free then, are tagged first.
     """
-    retention = layer.retention
+    since = now - layer.retention.slots  # [B]
+    due = (since >= 0) & (since % layer.retention.evict_every == 0)  # [B]
     if settle:
-        layer.policy.settle_(layer, now == retention.slots)
+        layer.policy.settle_(layer, since == 0)
+    if layer.policy.needs_keys:
+        tag_slots_(layer, layer.free, due & (since > 0))
     score = layer.policy.score(layer, query, key, now)  # [B, Hkv, S]
-    victims = choose(score, layer, now)  # [B, Hkv, evict_every]
-    since = now - retention.slots
-    layer.free_(victims, due=(since >= 0) & (since % retention.evict_every == 0))
+    layer.free_(choose(score, layer, now), due)
+
+
+def tag_slots_(layer: LayerCache, slots: Tensor, due: Tensor) -> None:
+    """Tag the tokens in the slots [B, Hkv, n] (or broadcastable), in this order, in the rows that are `due` [B]."""
+    precise = torch.promote_types(layer.keys.dtype, torch.float32)
+    for some in slots.split(TAGGED_TOGETHER, 2):
+        for name, tag in layer.policy.tag_(layer, layer.keys_in(some, precise), due).items():
+            layer.update_(name, some, tag, due)
 
 
 def choose(score: Tensor, layer: LayerCache, now: Tensor) -> Tensor:
@@ -170,25 +187,26 @@ def choose(score: Tensor, layer: LayerCache, now: Tensor) -> Tensor:
 
     Order: slots that nobody will see again (empty, or outside the sliding window, even if protected), then the lowest
     score, and always ties to the oldest token.  All of it is one 64-bit integer per slot - score in the upper half,
-    position in the lower - so that no two slots compare equal and every device makes the same choice.
+    position in the lower, or for an empty slot a number of its own - so that no two slots compare equal and every
+    device makes the same choice.
     """
     positions, retention = layer.positions, layer.retention
-    seat = torch.arange(positions.shape[2], device=positions.device)  # [S]
-    order = (_sortable(score) << 32) + positions  # [B, Hkv, S]
     protected = (positions < retention.sinks) | (positions >= now[:, None, None] - retention.recent)
     if layer.flagged:
         protected |= layer.flags & PINNED > 0
-    order = torch.where(protected, _LAST, order)
-    unseen = ~layer.can_see(now[:, None])[:, :, 0]  # [B, Hkv, S]
-    age = (positions + 1).to(torch.int64) * len(seat) + seat  # [B, Hkv, S], distinct for empty slots too
-    order = torch.where(unseen, _FIRST + age, order)
+    order = torch.where(protected, _LAST, _sortable(score))  # [B, Hkv, S]
+    order = torch.where(layer.can_see(now[:, None])[:, :, 0], order, _FIRST)
+    age = torch.where(
+        positions == NOTHING, layer.all_slots() - retention.slots, positions
+    )  # [B, Hkv, S], -S.. if empty
+    order = (order.to(torch.int64) << 32) + age
     return order.topk(retention.evict_every, largest=False, sorted=True).indices  # [B, Hkv, evict_every]
 
 
-_FIRST, _LAST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+_FIRST, _LAST = torch.iinfo(torch.int32).min + 1, torch.iinfo(torch.int32).max  # + 1: room for ages below 0
 
 
 def _sortable(score: Tensor) -> Tensor:
-    """Floats as int64 in the same order: the bits of an IEEE float sort like an integer once negatives are flipped."""
+    """Floats as int32 in the same order: the bits of an IEEE float sort like an integer once negatives are flipped."""
     bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

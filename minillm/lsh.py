@@ -94,7 +94,8 @@ def hamming(a: Tensor, b: Tensor) -> Tensor:
     """Number of differing bits between packed codes [..., W] of one dtype, broadcast against each other: int64
     [...].
     """
-    return popcount(a ^ b).sum(-1)  # [...]
+    ones = popcount(a ^ b)  # [..., W]
+    return ones.sum(-1) if ones.shape[-1] > 1 else ones[..., 0].to(torch.int64)  # [...]; a sum of one is 4x slower
 
 
 def popcount(x: Tensor) -> Tensor:

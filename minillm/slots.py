@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class Span:
     length: int
     flags: Tensor | None = None  # [B, T] uint8; None = no flags
 
+    @cached_property
+    def positions32(self) -> Tensor:
+        """`positions` as slots store them, made once for all layers: [B, T] int32."""
+        return self.positions.to(torch.int32)
+
 
 class Stretch(NamedTuple):
     """Tokens start..stop of a span: within it nothing is evicted.  evict, settle: what some row does before it."""
@@ -52,7 +58,11 @@ class LayerCache:
     Worked example with S = 8 slots and evict_every = 2.  Tokens 0..7 fill slots 0..7.  Token 8 finds no free slot, so
     two victims go, say slots 3 and 5: free = [3, 5].  Token 8 is written to free[(8-8) % 2] = slot 3, token 9 to
     free[(9-8) % 2] = slot 5, and token 10 finds no free slot again.  The slot of a token follows from its position and
-    `free` alone; nothing has to be counted.
+    `free` alone; nothing has to be counted.  And `free`, read in order, says which tokens the policy has not seen yet:
+    at token 8 the eviction began by showing it the slots 0..7, at token 10 it begins with the slots 3 and 5.
+
+    What the policy keeps for a slot is 0 from the moment when the slot is freed until its new token is observed, or
+    tagged at the next eviction (eviction.py): writing a token asks nothing of the policy.
     """
 
     index: int
@@ -72,10 +82,14 @@ class LayerCache:
     flagged: bool = False  # whether a token ever had flags: known to the host, so that they cost nothing if not
 
     def __post_init__(self) -> None:
-        rows, heads = self.positions.shape[:2]
-        device = self.positions.device
-        self._row = torch.arange(rows, device=device)[:, None, None]  # [B, 1, 1]
-        self._head = torch.arange(heads, device=device)[None, :, None]  # [1, Hkv, 1]
+        rows, heads, slots = self.positions.shape
+        # Slots of all rows and heads in one line, views of the same memory: an index is one number, and 2x cheaper.
+        self._flat = {
+            name: tensor.view(-1, *tensor.shape[3:])  # [B * Hkv * S, ...]
+            for name, tensor in self.tensors().items()
+            if name in ("keys", "values", "scales", "positions", "flags", *self.slot_state)
+        }
+        self._begin = torch.arange(0, rows * heads * slots, slots, device=self.positions.device).view(rows, heads, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was allocated for this layer, by name."""
@@ -83,12 +97,15 @@ class LayerCache:
         scales = {} if self.scales is None else {"scales": self.scales}
         return named | scales | {"free": self.free} | self.state
 
-    def stretches(self, span: Span) -> Iterator[Stretch]:
-        """Cut a span so that no row evicts anywhere but at the start of a stretch."""
-        start = 0
+    def stretches(self, span: Span, block: int | None = None) -> Iterator[Stretch]:
+        """Cut a span so that no row evicts anywhere but at the start of a stretch, of `block` tokens at most.
+
+        Without `block`, as many as the scores of the reference backend were planned for.
+        """
+        start, longest = 0, block or self.query_block
         while start < span.length:
             now = [first + start for first in span.first]
-            stop = min(span.length, start + self.query_block, start + min(map(self.until_eviction, now)))
+            stop = min(span.length, start + longest, start + min(map(self.until_eviction, now)))
             yield Stretch(start, stop, any(map(self.is_due, now)), self.retention.slots in now)
             start = stop
 
@@ -117,25 +134,50 @@ class LayerCache:
 
     def write_(self, keys: Tensor, values: Tensor, span: Span, start: int, stop: int) -> None:
         """Store the tokens start..stop: `keys` and `values` are [B, Hkv, n, D]."""
-        at = (self._row, self._head, self.slots_of(span, start, stop))
-        self.positions[at] = span.positions[:, None, start:stop].to(torch.int32)  # [B, 1, n]
+        at = self._at(self.slots_of(span, start, stop))  # [B * Hkv * n]
+        heads = self.positions.shape[1]
+        self._put_("positions", at, span.positions32[:, None, start:stop].expand(-1, heads, -1))  # [B, Hkv, n]
         if self.flagged:
-            self.flags[at] = 0 if span.flags is None else span.flags[:, None, start:stop]  # [B, 1, n]
-        tags = self.policy.tag_(self, keys)
-        for name in self.slot_state:
-            self.state[name][at] = tags.get(name, 0)
-        if self.scales is None:
-            self.keys[at], self.values[at] = keys, values
-        else:
-            (self.keys[at], key_scale), (self.values[at], value_scale) = to_int8(keys), to_int8(values)
-            self.scales[at] = torch.cat((key_scale, value_scale), -1)  # [B, Hkv, n, 2]
+            flags = torch.zeros_like(span.positions32, dtype=torch.uint8) if span.flags is None else span.flags
+            self._put_("flags", at, flags[:, None, start:stop].expand(-1, heads, -1))  # [B, Hkv, n]
+        if self.scales is not None:
+            (keys, values), scales = to_int8(torch.stack((keys, values)))  # scales [2, B, Hkv, n, 1]
+            self._put_("scales", at, torch.cat(tuple(scales), -1))  # [B, Hkv, n, 2]
+        self._put_("keys", at, keys)
+        self._put_("values", at, values)
 
     def free_(self, victims: Tensor, due: Tensor) -> None:
         """Empty the slots `victims` [B, Hkv, evict_every] in the rows that are `due` [B], and remember them as free."""
-        due = due[:, None, None]  # [B, 1, 1]
-        at = (self._row, self._head, victims)
-        self.positions[at] = torch.where(due, NOTHING, self.positions[at])
-        self.free.copy_(torch.where(due, victims, self.free))
+        self.update_("positions", victims, NOTHING, due)
+        for name in self.slot_state:
+            self.update_(name, victims, 0, due)
+        self.free.copy_(torch.where(due[:, None, None], victims, self.free))
+
+    def update_(self, name: str, slots: Tensor, new: Tensor | int, due: Tensor) -> None:
+        """Put `new` [B, Hkv, n, ...] into slots [B, Hkv, n] (or broadcastable), in the rows that are `due` [B]."""
+        at = self._at(slots)
+        old = self._flat[name].index_select(0, at).unflatten(0, (*self.positions.shape[:2], -1))  # [B, Hkv, n, ...]
+        self._put_(name, at, torch.where(due.view(-1, *[1] * (old.ndim - 1)), new, old))
+
+    def keys_in(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys in the slots [B, Hkv, n] (or broadcastable), as numbers to compute with: [B, Hkv, n, D]."""
+        at = self._at(slots)
+        keys = self._flat["keys"].index_select(0, at).to(dtype)  # [B * Hkv * n, D]
+        if self.scales is not None:
+            keys.mul_(self._flat["scales"].index_select(0, at)[:, :1].to(dtype))
+        return keys.unflatten(0, (*self.positions.shape[:2], -1))  # type: ignore[no-any-return]  # [B, Hkv, n, D]
+
+    def all_slots(self) -> Tensor:
+        """0..S-1: [1, 1, S]."""
+        return torch.arange(self.retention.slots, device=self.positions.device).view(1, 1, -1)
+
+    def _at(self, slots: Tensor) -> Tensor:
+        """Slots [B, Hkv, n] (or broadcastable) as places in `_flat`: [B * Hkv * n]."""
+        return (slots + self._begin).flatten()
+
+    def _put_(self, name: str, at: Tensor, new: Tensor) -> None:
+        """Write new [B, Hkv, n, ...]."""
+        self._flat[name].index_copy_(0, at, new.flatten(0, 2))
 
     def reach(self, span: Span, stop: int) -> int:
         """How many slots may hold a token once `stop - 1` is written: they fill from 0, so attention skips the rest."""
@@ -144,15 +186,16 @@ class LayerCache:
             view *= 2
         return min(view, self.retention.slots)
 
-    def can_see(self, queries: Tensor, reach: int | None = None) -> Tensor:
+    def can_see(self, queries: Tensor, reach: int | None = None, newest: int | None = None) -> Tensor:
         """Which of the first `reach` slots the queries at positions [B, n] see: [B, Hkv, n, reach].
 
         One rule: 0 <= slot <= query, and slot > query - window where there is a window that does not exempt it.
+        newest: the last of these positions, where the host knows it: nothing lies outside a window that is not full.
         """
         slots = self.positions[:, :, None, :reach]  # [B, Hkv, 1, reach]
         queries = queries[:, None, :, None]  # [B, 1, n, 1]
         visible = (slots >= 0) & (slots <= queries)
-        if self.window is None:
+        if self.window is None or (newest is not None and newest < self.window):
             return visible
         inside = slots > queries - self.window
         return visible & (inside | self.exempt(reach) if self.far else inside)

@@ -149,6 +149,31 @@ def test_sliding_window_equals_a_full_cache_with_the_same_window() -> None:
         torch.testing.assert_close(bounded, full, rtol=0, atol=1e-11)
 
 
+def test_a_window_that_is_not_full_hides_nothing() -> None:
+    """`can_see` with the newest query known to the host says the same as without, before and after the window fills."""
+    model = tiny_model(tiny_config(sliding_windows=(24, 24)))
+    cache = make_cache(model, "random", 40)
+    for length in (10, 13, 1, 1, 30):
+        run(model, cache, _tokens(length), 64)
+        newest = cache.seen[0] - 1
+        queries = torch.arange(newest - 4, newest + 1)[None]  # [1, n]
+        assert torch.equal(cache.layers[0].can_see(queries, 33, newest), cache.layers[0].can_see(queries, 33))
+
+
+@pytest.mark.parametrize("block", [None, 7, 1000])
+def test_stretches_end_at_evictions_and_after_a_block(block: int | None) -> None:
+    layer, longest = make_cache(tiny_model(), slots=100, evict_every=30).layers[0], block or 64
+    span = make_cache(tiny_model(), slots=100, evict_every=30).append(300)
+    found = list(layer.stretches(span, block))
+    assert [stretch.start for stretch in found] == [0, *(stretch.stop for stretch in found[:-1])]
+    assert found[-1].stop == 300
+    for start, stop, evict, settle in found:
+        assert 0 < stop - start <= longest
+        assert evict == layer.is_due(start)
+        assert settle == (start == 100)
+        assert stop == start + longest or stop == 300 or layer.is_due(stop)
+
+
 def test_padding_of_a_chunk_changes_nothing() -> None:
     """A span wider than its tokens: the padding is neither written nor seen."""
     model = tiny_model(dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from minillm.backends.reference import attend_
 from minillm.cache import KVCache, cache_bytes
-from minillm.eviction import Retention
+from minillm.eviction import TAGGED_TOGETHER, Retention
 from minillm.model import Transformer
 from minillm.policies import POLICIES
+from minillm.policies.l2 import L2
 from minillm.slots import PINNED, PUNCTUATION, SPECIAL, LayerCache
 
 from .every_policy import EVERY_POLICY, Entry
@@ -128,8 +130,8 @@ def _due(entry: Entry, retention: Retention) -> tuple[KVCache, Tensor]:
     "entry", [pytest.param(e, id=name) for name, e in EVERY_POLICY.items() if e.name not in AT_PLACE]
 )
 def test_ties_go_to_the_oldest(entry: Entry) -> None:
-    """All tokens have the same key and the same past."""
-    cache, x = _due(entry, Retention(slots=12, sinks=1, recent=2, evict_every=3))
+    """All tokens have the same key and the same past; those that are still to be tagged are protected."""
+    cache, x = _due(entry, Retention(slots=12, sinks=1, recent=3, evict_every=3))
     layer = cache.layers[0]
     for name in ("keys", *layer.slot_state):
         layer.tensors()[name].copy_(layer.tensors()[name][:, :, :1].clone())
@@ -160,6 +162,42 @@ def test_empty_slots_are_filled_first(entry: Entry) -> None:
     for head, kept in zip(before, _kept(layer), strict=True):
         assert len(head - set(kept)) == 1
     assert layer.free[0, :, :2].tolist() == [[4, 7]] * 2
+
+
+@dataclass(frozen=True)
+class Recorder(L2):
+    """Notes the first number of every key that it tags, row by row, and from which eviction on it knows it."""
+
+    rows: list[list[float]] = field(default_factory=lambda: [[], []])
+
+    def tag_(self, layer: LayerCache, keys: Tensor, due: Tensor) -> dict[str, Tensor]:
+        assert keys.shape[2] <= TAGGED_TOGETHER
+        for row in due.nonzero()[:, 0].tolist():
+            self.rows[row] += keys[row, 0, :, 0].tolist()
+        return super().tag_(layer, keys, due)
+
+
+@pytest.mark.parametrize("retention", [Retention(16, 1, 0, 1), Retention(16, 1, 0, 5), Retention(600, 1, 9, 300)])
+def test_tokens_are_tagged_in_order_at_the_next_eviction_and_not_before(retention: Retention) -> None:
+    """Two rows, two tokens apart.  What is kept for a slot that is empty, or whose token is not tagged yet, is 0."""
+    policy, slots, every = Recorder(), retention.slots, retention.evict_every
+    cache = KVCache(tiny_config(num_hidden_layers=1), policy, retention, rows=2, dtype=torch.float64)
+    layer, lead = cache.layers[0], 2
+    cache.seen = [0, lead]
+    layer.positions[1, :, :lead], layer.keys[1, :, :lead, 0] = torch.arange(lead, dtype=torch.int32), 7
+    dice = random.Random(0)
+    while cache.seen[0] < 3 * slots:
+        span = cache.append(dice.choice([1, 2, 7, 64]))
+        k = 1 + torch.rand(2, 2, span.length, 8, dtype=torch.float64)
+        k[..., 0] = span.positions[:, None]  # [B, 1, n]
+        attend_(layer, torch.ones(2, 4, span.length, 8, dtype=torch.float64), k, k, span)
+        for row, seen in enumerate(cache.seen):
+            last = seen - 1  # no token after it has asked for a slot
+            tagged = 0 if last < slots else last - (last - slots) % every
+            first = [7.0] * lead if row else [0.0, 1.0]
+            assert policy.rows[row] == [*first, *range(lead, tagged)][:tagged]
+            known = (layer.positions[row] >= 0) & (layer.positions[row] < tagged)  # [Hkv, S]
+            assert torch.equal(layer.state["norms"][row] > 0, known)
 
 
 SLOTS, EVERY = 40, 3
@@ -226,7 +264,7 @@ def test_a_copy_of_the_tensors_continues_bit_for_bit(entry: Entry, kept_until: i
 
 @each_policy
 def test_rows_in_different_phases_keep_what_they_keep_alone(entry: Entry) -> None:
-    """Three rows, 3 tokens apart, decoded together, each with its own flags.  In 8 bits: codes cannot be redone."""
+    """Three rows, 3 tokens apart, decoded together, each with its own flags, in 8 bits."""
     config = tiny_config(num_hidden_layers=1)
     torch.manual_seed(0)
     q = torch.randn(3, 4, 60, 8, dtype=torch.float64)

@@ -41,7 +41,10 @@ def _signs(rows: Tensor, x: Tensor) -> list[int]:
     return [1 if float(row.double() @ x.double()) >= 0 else -1 for row in rows]
 
 
-@pytest.mark.parametrize(("slots", "sinks", "first"), [(12, 2, range(2, 12)), (80, 4, range(4, 64))])
+@pytest.mark.parametrize(
+    ("slots", "sinks", "first"),
+    [(12, 2, range(2, 12)), (80, 4, range(4, 64)), (300, 70, range(300))],  # the last: in two pieces
+)
 @pytest.mark.parametrize("policy", ["hashevict", "hashevict-key"])
 def test_centre_is_the_mean_of_the_first_keys_and_every_code_refers_to_it(
     policy: str, slots: int, sinks: int, first: range
@@ -57,8 +60,31 @@ def test_centre_is_the_mean_of_the_first_keys_and_every_code_refers_to_it(
     rows = layer.state["projection"][0]  # [P, D]
     for head in range(2):
         for slot, position in enumerate(layer.positions[0, head].tolist()):
-            if position >= 0:
+            if 0 <= position < slots + 28:  # the last two are coded at the next eviction
                 assert codes[head, slot].tolist() == _signs(rows, keys[head, position] - mean[head])
+
+
+def test_novelty_compares_a_key_with_those_before_it() -> None:
+    """By the definition, in blocks that are tagged in two pieces, fed by 64: the first S with their own mean."""
+    slots, every, length = 520, 260, 1100
+    config = tiny_config(num_hidden_layers=1)
+    cache = KVCache(config, make_policy("hashevict-plus"), Retention(slots, 4, 9, every), dtype=torch.float64)
+    keys = _random(2, length) + 1
+    for piece in keys.split(64, 1):
+        layer = _show(cache, torch.zeros(4, piece.shape[1], 8, dtype=torch.float64), piece)
+    directions = keys / keys.norm(dim=-1, keepdim=True)  # [Hkv, n, D]
+    fading, checked = torch.zeros(2, 8, dtype=torch.float64), 0
+    tagged = length - 1 - (length - 1 - slots) % every
+    for position in range(tagged):
+        fading = 0.995 * fading + directions[:, position]
+        reference = directions[:, :slots].sum(1) if position < slots else fading
+        cosine = (directions[:, position] * reference).sum(1) / reference.norm(dim=1)  # [Hkv]
+        for head in range(2):
+            for slot in (layer.positions[0, head] == position).nonzero()[:, 0].tolist():
+                assert layer.state["novelty"][0, head, slot] == -cosine[head].to(torch.bfloat16)
+                checked += position >= slots
+    torch.testing.assert_close(layer.state["total"][0], fading, rtol=0, atol=1e-12)
+    assert checked > 100
 
 
 def test_centring_helps_where_keys_share_a_direction() -> None:
@@ -131,6 +157,7 @@ def test_weighted_scores_are_exact_products() -> None:
     cache = _cache("hashevict", 64, group=3, hash_bits=64, norm_weighted=True)
     keys, query = _random(2, 64), _random(6, 1, seed=1)
     layer = _show(cache, torch.zeros(6, 64, 8, dtype=torch.float64), keys)
+    layer.policy.settle_(layer, torch.tensor([True]))
     score = layer.policy.score(layer, query[None, :, 0], keys[None, :, 0], torch.tensor([64]))[0].double()
     rows = layer.state["projection"][0]
     for head in range(2):
@@ -207,6 +234,7 @@ def test_per_head_projections_are_used() -> None:
     """The same key in both heads: one code where the projection is shared, two where it is not."""
     for per_head in (False, True):
         layer = _show(_cache("hashevict", 4, per_head=per_head), _random(2, 1), _random(1, 1).expand(2, -1, -1))
+        layer.policy.settle_(layer, torch.tensor([True]))
         first, second = layer.state["codes"][0, :, 0].tolist()
         assert (first != second) == per_head
 

@@ -6,9 +6,10 @@ One layer of TinyLlama's shape (32 query heads, 4 KV heads of 64) with random ke
 
     bytes a slot    for one KV head: key and value, position, flags, and what the policy keeps with them
     bytes a head    what it keeps for one KV head whatever the slots: means, profiles, rings, its share of a projection
-    evict           score all slots and free `evict_every` of them, in all KV heads, once in `evict_every` tokens; what
-                    is done a single time, before the first eviction, is left out.  In brackets: times `window`
-    token           what every token costs besides: tag its key, and observe its query or its attention weights
+    evict           tag the keys since the last eviction, score all slots and free `evict_every` of them, in all KV
+                    heads, once in `evict_every` tokens; what is done a single time, before the first eviction, is left
+                    out.  In brackets: times `window`
+    token           what every token costs besides: observe its query or its attention weights
 
 Everything takes its turn in every round, so that a busy machine slows all of it alike; times are medians of the rounds.
 """
@@ -95,8 +96,7 @@ class Bench:
         evict_(self.layer, self.query[:, :, 0], self.key[:, :, 0], self.now, settle=False)
 
     def observe(self) -> None:
-        """What `write_` and attention ask of the policy for one token."""
-        self.policy.tag_(self.layer, self.key)
+        """What attention asks of the policy for one token."""
         if self.policy.needs_attention:
             self.policy.observe_attention_(self.layer, self.weights, self.now[:, None])
         if self.policy.needs_queries:

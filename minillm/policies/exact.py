@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, Retention
 from ..slots import LayerCache
 
 
@@ -23,9 +23,9 @@ class Exact(EvictionPolicy):
 
     name: ClassVar[str] = "exact"
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
         """All keys."""
-        return 4 * config.head_dim if narrow else 0
+        return retention.slots * 4 * config.head_dim if narrow else 0
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """The sum of q . k over the group: [B, Hkv, S]."""

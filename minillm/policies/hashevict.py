@@ -2,7 +2,8 @@
 
 Liu, Rabbani et al., "HashEvict: A Pre-Attention KV Cache Eviction Strategy using Locality-Sensitive Hashing",
 arXiv 2412.16187.  The Hamming distance between the code of the query and the codes of the cached keys ranks keys by
-angle, hence by expected attention, for P bits a key and before any attention is computed.
+angle, hence by expected attention, for P bits a key and before any attention is computed.  Codes are made at the next
+eviction, from the key as it is stored: the hash costs nothing where nothing has to go.
 
 Without options this is the paper's rule.  The options are ours, and each is off by default:
 
@@ -10,7 +11,7 @@ Without options this is the paper's rule.  The options are ours, and each is off
     orthogonal       hyperplanes at right angles, which spreads them evenly
     centred          bits of k - mean instead of k: q . k and q . (k - mean) rank alike, and the bits are not spent on a
                      direction that all keys share.  The mean of the first min(S, 64) keys, sinks excluded, is frozen
-                     before the first eviction, and the codes of the first S keys are made then, from what is stored
+                     before the first eviction
     norm_weighted    multiply the estimated cosine by ||k - mean|| (||k|| if not centred): attention knows lengths
     decay            judge by all past queries, each `decay` times as important as the next one (0: the current only).
                      Their codes are summed as P numbers a head, so that it costs nothing per slot
@@ -28,7 +29,7 @@ from torch import Tensor
 from .. import lsh
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy, TensorSpec
+from ..eviction import TAGGED_TOGETHER, EvictionPolicy, Retention, TensorSpec
 from ..slots import LayerCache
 
 MAX_BITS = 1024
@@ -52,6 +53,7 @@ class HashEvict(EvictionPolicy):
     decay: float = 0.0
     recent_queries: int = 1
     name: ClassVar[str] = "hashevict"
+    needs_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.hash_bits <= MAX_BITS:
@@ -105,15 +107,17 @@ class HashEvict(EvictionPolicy):
         )
         return {"projection": rows}
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:
-        """Codes while their ones are counted, numbers for each query, and keys in float32 while they are centred."""
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
+        """Codes while their ones are counted and numbers for each query; or keys that are tagged together, as they are
+        stored, in float32, and centred.
+        """
         words, dtype = lsh.code_words(self.hash_bits)
         group = config.num_attention_heads // config.num_key_value_heads
         counting = 4 * words * dtype.itemsize * group + 16 * self.recent_queries
-        settling = 4 * config.head_dim * (2 if narrow else 1) + 10 * self.hash_bits if self.centred else 0
-        return max(counting, settling)
+        tagging = ((6 if narrow else 4) + 4 * self.centred) * config.head_dim + 10 * self.hash_bits
+        return max(retention.slots * counting, min(TAGGED_TOGETHER, retention.slots) * tagging)
 
-    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:
+    def tag_(self, layer: LayerCache, keys: Tensor, due: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Codes and lengths, which depend on nothing but the key and the frozen mean."""
         return self._tags(layer, keys)
 
@@ -127,17 +131,16 @@ class HashEvict(EvictionPolicy):
         return tags
 
     def settle_(self, layer: LayerCache, due: Tensor) -> None:
-        """Freeze the mean of the first keys, and code the first S of them."""
-        if not self.centred:
-            return
-        keys = layer.dense_keys(None, torch.promote_types(layer.keys.dtype, torch.float32))  # [B, Hkv, S, D]
-        first = keys[:, :, layer.retention.sinks : CENTRE_KEYS]
-        mean = (first if first.shape[2] else keys).mean(2)  # [B, Hkv, D]; more sinks than that: of all
-        centre = layer.state["centre"]
-        centre.copy_(torch.where(due[:, None, None], mean.to(centre.dtype), centre))
-        for name, tag in self._tags(layer, keys).items():
-            mine = due.view(-1, *[1] * (tag.ndim - 1))
-            layer.state[name].copy_(torch.where(mine, tag, layer.state[name]))
+        """Freeze the mean of the first keys, before the first S of them are coded."""
+        if self.centred:
+            centre, precise = layer.state["centre"], torch.promote_types(layer.keys.dtype, torch.float32)
+            slots = layer.all_slots()  # [1, 1, S]
+            first = slots[:, :, layer.retention.sinks : CENTRE_KEYS]
+            first = first if first.shape[2] else slots  # more sinks than that: of all
+            sums = [layer.keys_in(some, precise).sum(2) for some in first.split(TAGGED_TOGETHER, 2)]  # [B, Hkv, D] each
+            mean = torch.stack(sums).sum(0) / first.shape[2]  # [B, Hkv, D]
+            centre.copy_(torch.where(due[:, None, None], mean.to(centre.dtype), centre))
+        super().settle_(layer, due)
 
     def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:
         """Add the codes of queries [B, H, n, D] to the profile, or put them into the ring."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..config import ModelConfig
-from ..eviction import EvictionPolicy
+from ..eviction import EvictionPolicy, Retention
 from ..slots import LayerCache
 
 
@@ -24,9 +24,9 @@ class KeyDiff(EvictionPolicy):
 
     name: ClassVar[str] = "keydiff"
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
         """The directions of all keys, and the keys."""
-        return (8 if narrow else 4) * config.head_dim
+        return retention.slots * (8 if narrow else 4) * config.head_dim
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """Minus the cosine to the mean, up to its length, which is the same for all slots: [B, Hkv, S]."""

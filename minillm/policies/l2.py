@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..eviction import EvictionPolicy, TensorSpec
+from ..eviction import TAGGED_TOGETHER, EvictionPolicy, Retention, TensorSpec
 from ..slots import LayerCache
 
 
@@ -26,6 +26,7 @@ class L2(EvictionPolicy):
 
     skip_layers: int = 0
     name: ClassVar[str] = "l2"
+    needs_keys: ClassVar[bool] = True
 
     def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
         """The norm of the key.
@@ -35,7 +36,11 @@ class L2(EvictionPolicy):
         """
         return {"norms": ((), torch.bfloat16)}
 
-    def tag_(self, layer: LayerCache, keys: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
+        """Keys that are tagged together, as they are stored and in float32."""
+        return min(TAGGED_TOGETHER, retention.slots) * (6 if narrow else 4) * config.head_dim
+
+    def tag_(self, layer: LayerCache, keys: Tensor, due: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """||k|| of keys [B, Hkv, n, D]: [B, Hkv, n]."""
         return {"norms": keys.to(torch.float32).norm(dim=-1).to(torch.bfloat16)}
 

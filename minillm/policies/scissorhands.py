@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import lsh
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy, TensorSpec
+from ..eviction import EvictionPolicy, Retention, TensorSpec
 from ..slots import LayerCache
 
 
@@ -40,9 +40,9 @@ class Scissorhands(EvictionPolicy):
         """The bits of the last steps."""
         return {"history": ((self.history // 64,), torch.int64)}
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:  # noqa: ARG002
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:  # noqa: ARG002
         """Four copies of the bits, while they are counted."""
-        return self.history // 2
+        return retention.slots * self.history // 2
 
     def observe_attention_(self, layer: LayerCache, weights: Tensor, positions: Tensor) -> None:
         """Note for weights [B, Hkv, G, n, S'] where they reach the average; n <= 64, so no bit is met twice."""

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool1d
 
 from ..config import ModelConfig
 from ..errors import ConfigError
-from ..eviction import EvictionPolicy, TensorSpec
+from ..eviction import EvictionPolicy, Retention, TensorSpec
 from ..slots import LayerCache
 
 
@@ -48,10 +48,10 @@ class SnapKV(EvictionPolicy):
         group = config.num_attention_heads // config.num_key_value_heads
         return {"queries": ((self.observed, group, config.head_dim), torch.float32)}
 
-    def scratch(self, config: ModelConfig, narrow: bool) -> int:
-        """Scores of the window, masked and as weights, and all keys."""
-        group = config.num_attention_heads // config.num_key_value_heads
-        return 12 * group * (self.observed + 1) + (4 * config.head_dim if narrow else 0)
+    def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
+        """Scores of the window, masked and as weights, its queries, and all keys."""
+        window = (self.observed + 1) * config.num_attention_heads // config.num_key_value_heads
+        return 12 * window * retention.slots + 4 * config.head_dim * (window + (retention.slots if narrow else 0))
 
     def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:
         """Keep the last of the queries [B, H, n, D]."""
