@@ -14,17 +14,21 @@ from typing import Any
 
 import torch
 
-from . import fingerprint, hub, loader
+from . import fingerprint, hub, inventory, loader
+from .backends import native
 from .budget import Budget, CachePlan
 from .chat import ChatTemplate
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
+from .fused import Fusion
 from .memory import held, trim
 from .model import Transformer
 from .planner import MemoryPlan, size_of
+from .quant import Scheme
 from .stream import LOGIT_ROWS
 from .tokenizer import Tokenizer
 
+BACKENDS = ("auto", "reference", "cpu")
 DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
 
 
@@ -38,6 +42,8 @@ class Checkpoint:
     dtype: torch.dtype
     device: torch.device
     offline: bool = False
+    scheme: Scheme | None = None  # of the linear layers; None = they are numbers in `dtype`
+    backend: str = "reference"  # who computes: one of BACKENDS, decided
 
     @classmethod
     def open(
@@ -48,19 +54,25 @@ class Checkpoint:
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
-        weights: bool = True,
+        weights: str = "auto",
+        backend: str = "auto",
+        with_weights: bool = True,
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 
         dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda or
-        mps.  weights: False downloads only the small files, enough to plan.
+        mps.  weights: "int8", "int8-a16" or "int4" quantises the linear layers, see Scheme; auto leaves them as stored.
+        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, else reference.
+        with_weights: False downloads only the small files, enough to plan.
 
         Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
         place = _device(device)
-        folder = hub.resolve(name, revision=revision, offline=offline, weights=weights)
+        folder = hub.resolve(name, revision=revision, offline=offline, weights=with_weights)
         config = loader.read_config(folder)
-        return cls(name, folder, config, loader.choose_dtype(dtype, config, place), place, offline)
+        kind = loader.choose_dtype(dtype, config, place)
+        scheme = choose_scheme(weights, config)
+        return cls(name, folder, config, kind, place, offline, scheme, choose_backend(backend, kind, place))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -137,19 +149,62 @@ class Checkpoint:
         return held(self.device).now
 
     @cached_property
-    def weights(self) -> loader.Weights:
+    def weights(self) -> inventory.Weights:
         """Sizes and stored dtypes of the weights, from headers here or the hub; CheckpointError if they do not fit."""
-        absent = not loader.has_weights(self.folder)
+        absent = not inventory.has_weights(self.folder)
         remote = hub.remote_tensors(self.name, self.folder) if absent and not self.offline else None
-        return loader.weights_of(self.folder, self.config, remote)
+        fusion = Fusion(self.dtype, self.scheme) if self.backend == "cpu" else None
+        return inventory.weights_of(self.folder, self.config, remote, fusion, self.scheme)
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
-        return loader.load_model(self.folder, self.config, dtype=self.dtype, device=self.device, progress=progress)
+        return loader.load_model(
+            self.folder,
+            self.config,
+            dtype=self.dtype,
+            device=self.device,
+            scheme=self.scheme,
+            fused=self.backend == "cpu",
+            progress=progress,
+        )
+
+    @property
+    def computed_by(self) -> str:
+        """The backend, and what its rounding depends on."""
+        has_native = self.backend == "cpu" and self.dtype == torch.bfloat16 and native.missing() is None
+        return f"{self.backend} with native.c" if has_native else self.backend
 
     def weight_bytes(self) -> int:
         """Bytes of the weights once loaded."""
         return self.weights.nbytes(self.dtype)
+
+
+def choose_scheme(requested: str, config: ModelConfig) -> Scheme | None:
+    """The scheme of the weights: as asked for, or as stored.  Raises ConfigError where the two cannot go together."""
+    stored = config.stored_scheme
+    if requested == "auto":
+        return None if stored is None else Scheme(stored)
+    scheme = Scheme(requested)
+    if stored is not None and stored != requested.partition("-")[0]:
+        raise ConfigError(
+            f"--weights {requested} was asked for, but the checkpoint is stored as {stored}; name the one that it was "
+            "made from"
+        )
+    return scheme
+
+
+def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> str:
+    """`cpu` or `reference`.  Raises ConfigError for a name that is not known, or that cannot serve."""
+    if requested not in BACKENDS:
+        raise ConfigError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
+    serves = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if requested == "cpu" and not serves:
+        kind = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"backend cpu computes float32 and bfloat16 on the CPU, not {kind} on {device.type}; use --backend "
+            "reference"
+        )
+    return ("cpu" if serves else "reference") if requested == "auto" else requested
 
 
 def _device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ Keys that may be absent, and what they then are (semantics checked against trans
     bos, eos_token_id    1 and 2 for Llama and Mistral, none for Qwen
     max_window_layers    28                        use_sliding_window   false (Qwen only)
     torch_dtype, dtype   None: the file does not say
+    quantization_config  none; `minillm quantize` writes {"quant_method": "minillm", "scheme": "int8" or "int4"}
 
 The remaining sizes have no default: transformers would fall back to those of Llama-2-7B, which fit no other checkpoint.
 """
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .lookup import Reader
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 # Fields that config.json spells in another way.
-DERIVED = ("architecture", "sliding_windows", "qkv_bias", "o_bias", "qk_norm", "eos_token_ids", "dtype")
+DERIVED = frozenset(
+    {"architecture", "sliding_windows", "qkv_bias", "o_bias", "qk_norm", "eos_token_ids", "dtype", "stored_scheme"}
+)
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+QUANT_METHOD, STORED_SCHEMES = "minillm", ("int8", "int4")  # of config.json's quantization_config
+SCHEMES = ("int8", "int8-a16", "int4")  # of linear layers in memory, see quant.py
 
 # Keys that change the arithmetic of a model we otherwise know: a value other than null, false, 0 or empty is refused.
 REFUSED: Mapping[str, str] = {
@@ -125,6 +131,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str | None
+    stored_scheme: str | None = None  # "int8" or "int4": how `minillm quantize` stored the linear layers
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -132,7 +139,7 @@ class ModelConfig:
 
         Raises ConfigError, naming key and value, for everything unknown, missing or impossible.
         """
-        read = _Reader(raw)
+        read = Reader(raw)
         architecture = _architecture(raw)
         family = FAMILIES[architecture]
         _refuse(raw)
@@ -161,6 +168,7 @@ class ModelConfig:
             bos_token_id=_bos(read, family),
             eos_token_ids=token_ids(raw.get("eos_token_id", family.eos_token_id)),
             dtype=_dtype(raw),
+            stored_scheme=_stored_scheme(raw),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -174,6 +182,8 @@ class ModelConfig:
         )
         if family.qkv_bias is None:
             raw["attention_bias"] = self.qkv_bias
+        if self.stored_scheme is not None:
+            raw["quantization_config"] = {"quant_method": QUANT_METHOD, "scheme": self.stored_scheme}
         window = next((window for window in self.sliding_windows if window), None)
         if family.windows != "never":
             raw |= {"sliding_window": window, "use_sliding_window": window is not None}
@@ -192,40 +202,6 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-class _Reader:
-    """Typed look-up in a config.json: null counts as absent, and every complaint names the key and its value."""
-
-    def __init__(self, raw: Mapping[str, Any], within: str = "") -> None:
-        self.raw, self.within = raw, within
-
-    def error(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"config.json: {self.within}{key} is {self.raw.get(key)!r}; expected {expected}")
-
-    def value(self, key: str, default: object, expected: str) -> Any:
-        value = self.raw.get(key)
-        if value is None and default is None:
-            raise ConfigError(f"config.json: {self.within}{key} is missing; expected {expected}")
-        return default if value is None else value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.value(key, default, "a positive integer")
-        if type(value) is not int or value <= 0:
-            raise self.error(key, "a positive integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.value(key, default, "a positive number")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.error(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.value(key, default, "true or false")
-        if type(value) is not bool:
-            raise self.error(key, "true or false")
-        return value
-
-
 def _architecture(raw: Mapping[str, Any]) -> str:
     """The class named by `architectures`, else (hand-written files) the one of `model_type`."""
     known = ", ".join(FAMILIES)
@@ -241,16 +217,24 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
-def _refuse(raw: Mapping[str, Any]) -> None:
+def _stored_scheme(raw: Mapping[str, Any]) -> str | None:
+    """The scheme of a checkpoint that `minillm quantize` wrote; anybody else's is refused by name."""
     quantization = raw.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        )
-        raise ConfigError(
-            f"config.json: quantization_config says the weights are quantised with {method}, which is not supported; "
-            "use a checkpoint in bfloat16, float16 or float32"
-        )
+    if not quantization:
+        return None
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    if ours and quantization.get("scheme") in STORED_SCHEMES:
+        return str(quantization["scheme"])
+    method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
+    if ours:
+        method = f"scheme {quantization.get('scheme')!r} of a newer minillm"
+    raise ConfigError(
+        f"config.json: quantization_config says the weights are quantised with {method}, which is not supported; "
+        "use a checkpoint in bfloat16, float16 or float32, and --weights int8 or int4"
+    )
+
+
+def _refuse(raw: Mapping[str, Any]) -> None:
     for key, meaning in REFUSED.items():
         if raw.get(key):
             raise ConfigError(f"config.json: {key} is {raw[key]!r}: {meaning} is not supported")
@@ -258,7 +242,7 @@ def _refuse(raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.json: hidden_act is {raw['hidden_act']!r}; supported: 'silu'")
 
 
-def _heads(read: _Reader) -> tuple[int, int, int, int]:
+def _heads(read: Reader) -> tuple[int, int, int, int]:
     """hidden_size, query heads, KV heads, head_dim."""
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     kv_heads = read.size("num_key_value_heads", heads)
@@ -272,7 +256,7 @@ def _heads(read: _Reader) -> tuple[int, int, int, int]:
     return hidden, heads, kv_heads, head_dim
 
 
-def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
+def _rope(read: Reader) -> tuple[float, RopeScaling | None]:
     """rope_theta and the scaling, from `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
     As in transformers a non-empty `rope_scaling` wins, `rope_type` wins over the older `type`, and rope_theta inside
@@ -291,7 +275,7 @@ def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
     unknown = raw.keys() - ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown:
         raise ConfigError(f"config.json: {name} of type {kind!r} has unknown keys: {', '.join(sorted(unknown))}")
-    inner = _Reader(raw, f"{name}.")
+    inner = Reader(raw, f"{name}.")
     for reader in (read, inner):
         if reader.number("partial_rotary_factor", 1.0) != 1:
             raise reader.error("partial_rotary_factor", "1: rotating only a part of each head is not supported")
@@ -315,7 +299,7 @@ def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
     return theta, _yarn(inner, original, max_positions)
 
 
-def _yarn(read: _Reader, original: int, max_positions: int) -> RopeScaling:
+def _yarn(read: Reader, original: int, max_positions: int) -> RopeScaling:
     """YaRN (arXiv 2309.00071) with the defaults of transformers' `_compute_yarn_parameters`."""
     factor = read.number("factor", max_positions / original)
 
@@ -344,7 +328,7 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     }
 
 
-def _windows(read: _Reader, family: Family) -> tuple[int | None, ...]:
+def _windows(read: Reader, family: Family) -> tuple[int | None, ...]:
     """The sliding window of each layer: a query at position p sees positions > p - window."""
     layers = read.size("num_hidden_layers")
     window = read.size("sliding_window") if read.raw.get("sliding_window") else None  # null, 0 and absent: none
@@ -366,7 +350,7 @@ def _windows(read: _Reader, family: Family) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _bos(read: _Reader, family: Family) -> int | None:
+def _bos(read: Reader, family: Family) -> int | None:
     bos = read.raw.get("bos_token_id", family.bos_token_id)
     if bos is None:
         return None

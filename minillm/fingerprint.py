@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from .config import ModelConfig
 from .errors import SessionError
 from .headers import stored_tensors
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 SAMPLE, SAMPLES = 4096, 256  # bytes, and how many of them of each file
 
@@ -38,23 +42,24 @@ def model_digest(folder: Path, config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(model: str, plan: CachePlan, *, device: torch.device, backend: str, chunk: int) -> dict[str, str]:
+def fingerprint(checkpoint: Checkpoint, plan: CachePlan, *, chunk: int) -> dict[str, str]:
     """By name, in words: the model (`model_digest`), the cache, and how and by what it is computed."""
     layers = [asdict(retention) for retention in plan.retentions]
     layout = {name: _once([str(layer[name]) for layer in layers]) for name in layers[0]}
     options = {name: str(value) for name, value in asdict(plan.policy).items()}  # type: ignore[call-overload]
     dtype = str(plan.dtype).removeprefix("torch.")
     return {
-        "model": model,
+        "model": checkpoint.digest,
         "dtype": dtype,
+        "weights": "as they are" if checkpoint.scheme is None else checkpoint.scheme.name,
         "kv-dtype": "int8" if plan.int8 else dtype,
         "policy": plan.policy.name,
         **{name.replace("_", "-"): value for name, value in (options | layout).items()},
         "context": str(plan.whole),
         "positions": plan.position_mode,
         "chunk": str(chunk),
-        "device": _device(device),
-        "backend": backend,
+        "device": _device(checkpoint.device),
+        "backend": checkpoint.computed_by,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "minillm": __version__,

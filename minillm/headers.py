@@ -23,7 +23,10 @@ DTYPE_OF: Mapping[str, torch.dtype] = {  # what may be stored
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # the others hold the codes of quantised weights
 LARGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors format
 LFS_POINTER = b"version https://git-lfs"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")

@@ -71,11 +71,14 @@ class LLM:
         device: str = "auto",
         revision: str | None = None,
         offline: bool = False,
+        weights: str = "auto",
+        backend: str = "auto",
         memory: str | int | None = None,
         **cache_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.
 
+        weights: "int8", "int8-a16" or "int4" quantises linear layers while loading.  backend: see Checkpoint.open.
         memory: what the whole process may hold, such as "6GiB"; it runs in that for ever, or stops with
             MemoryPromiseError.  Without a budget the largest is chosen that fits.
         cache_options: those of `Checkpoint.plan`, such as
@@ -84,7 +87,9 @@ class LLM:
             policy, sinks, recent, evict_every, layer_budget, kv_dtype, positions, on_overflow, and the policy's own.
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
-        checkpoint = Checkpoint.open(name, dtype=dtype, device=device, revision=revision, offline=offline)
+        checkpoint = Checkpoint.open(
+            name, dtype=dtype, device=device, revision=revision, offline=offline, weights=weights, backend=backend
+        )
         plan = checkpoint.plan(memory=memory, chunk=chunk, **cache_options)
         needs = checkpoint.memory_plan(plan, memory=memory, chunk=chunk)
         needs.require()

@@ -12,30 +12,29 @@ import ctypes
 import json
 import platform
 import re
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
+from .backends.linear import quantise
 from .config import ModelConfig, token_ids
 from .errors import CheckpointError, ConfigError
-from .headers import DTYPE_OF, PICKLES, SINGLE, Stored, in_brief, stored_tensors
+from .fused import Fusion, unfused_steps
+from .headers import DTYPE_OF, SINGLE, Stored, stored_tensors
+from .inventory import DTYPES, check_fit, empty_model, wanted_tensors
 from .model import Transformer
+from .quant import Quantised, Scheme
 
-DTYPES: Mapping[str, torch.dtype] = {  # what may be asked for
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+RANDOM_NUMBERS = 1 << 22  # that the weights of a random model repeat
+WEIGHT_FILES = re.compile(r"config\.json|.*\.(safetensors|index\.json|bin|pth|pt|ckpt|gguf)")
 GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-HARMLESS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")  # old exports: recomputed from the config
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -115,70 +114,103 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How big the tensors of a model are: elements and stored dtype of each.  origin: who says so."""
-
-    tensors: tuple[tuple[int, torch.dtype], ...]
-    origin: str
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes once loaded as `dtype`."""
-        return sum(count for count, _ in self.tensors) * dtype.itemsize
-
-    def converted(self, dtype: torch.dtype) -> int:
-        """Bytes of the largest tensor, as it is stored, that loading as `dtype` has to convert."""
-        return max((count * stored.itemsize for count, stored in self.tensors if stored != dtype), default=0)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there are weights in a folder, be it pickles or some shards of many."""
-    return any(path.suffix in (".safetensors", *PICKLES) for path in folder.iterdir())
-
-
-def weights_of(folder: Path | None, config: ModelConfig, remote: Mapping[str, Stored] | None = None) -> Weights:
-    """What headers say about the weights, those given or those in `folder`; what the config says where there are none.
-
-    Raises CheckpointError if there are weights in `folder` and they are pickles, or if tensors do not fit `config`.
-    """
-    model, stored = empty_model(config), remote
-    if stored is None and folder is not None and has_weights(folder):
-        stored = stored_tensors(folder)
-    if stored is None:
-        dtype = DTYPES.get(str(config.dtype), torch.float32)
-        return Weights(tuple((parameter.numel(), dtype) for parameter in model.parameters()), "config.json")
-    names = _check_fit(folder or Path(), model, stored)
-    found = tuple((prod(stored[name].shape), DTYPE_OF[stored[name].dtype]) for name in names)
-    return Weights(found, "the headers of its files" if remote is None else "the hub's headers")
-
-
 def load_model(
     folder: Path,
     config: ModelConfig,
     *,
     dtype: torch.dtype,
     device: torch.device,
+    scheme: Scheme | None = None,
+    fused: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """The model of `folder`, frozen, in `dtype` on `device`; `progress(bytes read, bytes in all)` follows every tensor.
 
-    Raises CheckpointError, before any weight is read, if a file is damaged or the tensors are not exactly the config's.
+    scheme: of the linear layers, which are quantised as they are read if they are not stored so.  fused: for the CPU
+    backend, see fused.py.  Raises CheckpointError, before any weight is read, if a file is damaged or the tensors are
+    not exactly the config's.
     """
     model, stored = empty_model(config), stored_tensors(folder)
-    names = _check_fit(folder, model, stored)
+    names = check_fit(folder, model, stored)
     done, total = 0, sum(stored[name].nbytes for name in names)
     maps = {file: _map(file) for file in {entry.file for entry in stored.values()}}  # free until a page is touched
-    for name in names:
+
+    def tensor(name: str, dtype: torch.dtype, keep: bool) -> Tensor:
+        """keep: the tensor is used as it is, so that what is stored in its dtype may stay mapped."""
+        nonlocal done
         entry = stored[name]
-        if DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":
-            tensor = _view(maps[entry.file], entry)  # the file stays mapped as long as one of its tensors lives
+        if keep and DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":
+            found = _view(maps[entry.file], entry)  # the file stays mapped as long as one of its tensors lives
         else:  # a mapping of its own, so that the pages go as soon as the tensor is converted
-            tensor = _view(_map(entry.file), entry).to(device, dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        done += entry.nbytes
+            found = _view(_map(entry.file), entry).to(device, dtype)
+        done = min(total, done + entry.nbytes)
         if progress is not None:
             progress(done, total)
+        return found
+
+    def read(name: str, keep: bool = False) -> Tensor | Quantised:
+        if name in stored or not name.endswith(".weight"):
+            return tensor(name, dtype, keep)
+        module = name.removesuffix(".weight")
+        kinds = {part: DTYPE_OF[stored[f"{module}.{part}"].dtype] for part in ("codes", "scales")}
+        return Quantised(**{part: tensor(f"{module}.{part}", kind, keep) for part, kind in kinds.items()})
+
+    return fill(model, read, dtype=dtype, scheme=scheme, fused=fused)
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    scheme: Scheme | str | None = None,
+    fused: bool = True,
+    seed: int = 0,
+) -> Transformer:
+    """A model of this shape that was never trained, for benchmarks, built as `load_model` builds one.
+
+    Weights are normal with standard deviation 0.02, from one long row of random numbers that is repeated: drawing a
+    billion would take longer than what is measured.
+    """
+    place = device or torch.device("cpu")
+    row = (torch.randn(RANDOM_NUMBERS, generator=torch.Generator().manual_seed(seed)) * 0.02).to(place, dtype)
+    model, at = empty_model(config), 0
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def read(name: str, keep: bool = False) -> Tensor:  # noqa: ARG001
+        nonlocal at
+        if len(shapes[name]) == 1:
+            return torch.full(shapes[name], 0.0 if name.endswith(".bias") else 1.0, dtype=dtype, device=place)
+        made, at = torch.empty(shapes[name], dtype=dtype, device=place), (at + 12_345) % RANDOM_NUMBERS
+        flat, source = made.view(-1), row.roll(at)
+        for start in range(0, flat.numel(), RANDOM_NUMBERS):
+            part = flat[start : start + RANDOM_NUMBERS]
+            part.copy_(source[: part.numel()])
+        return made
+
+    return fill(model, read, dtype=dtype, scheme=Scheme(scheme) if isinstance(scheme, str) else scheme, fused=fused)
+
+
+class Read(Protocol):
+    """A tensor of a checkpoint by name; keep: it will be used as it is."""
+
+    def __call__(self, name: str, keep: bool = ...) -> Tensor | Quantised: ...
+
+
+def fill(model: Transformer, read: Read, *, dtype: torch.dtype, scheme: Scheme | None, fused: bool) -> Transformer:
+    """Give an empty model its tensors, one part after the other, so that the peak is the model and one part."""
+    left = dict(model.named_parameters())
+    steps = Fusion(dtype, scheme).steps(model) if fused else unfused_steps(model, dtype, scheme)
+    for step in steps:
+        step.install(read)
+        for name in step.names:
+            if not name.startswith("model.embed_tokens"):  # a head may be made of it, and it stays all the same
+                left.pop(name, None)
+    for name in left:
+        kept = read(name, keep=True)
+        assert isinstance(kept, Tensor), name
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=False))
     return model
 
 
@@ -189,44 +221,88 @@ def save_checkpoint(
 
     The weights are cast to `dtype` one tensor at a time.
     """
+    tensors = dict(model.named_parameters())
+    layout = {name: (tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / SINGLE, layout, (tensor.detach().to("cpu", dtype) for tensor in tensors.values()))
+    _write_config(folder, replace(config, dtype=str(dtype).removeprefix("torch.")))
+
+
+def save_quantised(
+    source: Path,
+    config: ModelConfig,
+    folder: Path,
+    scheme: Scheme,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, int]:
+    """Write the checkpoint `source` to `folder` with its linear layers in `scheme`; the rest keeps its stored dtype.
+
+    One tensor is in memory at a time.  Tokenizer and templates are copied along.  Returns the bytes of the weights
+    before and after.  Raises CheckpointError, also for a folder that is not empty; a crash leaves no config.json, so no
+    half of a checkpoint.
+    """
+    if config.stored_scheme is not None:
+        raise CheckpointError(f"{source} is quantised already; name the checkpoint that it was made from")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty: name a new folder")
+    model, stored = empty_model(config), stored_tensors(source)
+    check_fit(source, model, stored)
+    wanted = wanted_tensors(model, scheme.name)
+    layout = {
+        name: (want.shape, DTYPE_OF[stored[name].dtype if name in stored else want.dtypes[0]])
+        for name, want in wanted.items()
+    }
+
+    def tensors() -> Iterator[Tensor]:
+        for done, name in enumerate(layout):
+            module, _, part = name.rpartition(".")
+            if part == "codes":  # the scales follow
+                dense = _view(_map(stored[f"{module}.weight"].file), stored[f"{module}.weight"])
+                made = quantise(dense, scheme.bits(module, dense.shape[1]))
+                yield made.codes
+                yield made.scales
+            elif part != "scales":
+                yield _view(_map(stored[name].file), stored[name])
+            if progress is not None:
+                progress(done + 1, len(layout))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):
+            shutil.copyfile(file, folder / file.name)
+    _write_tensors(folder / SINGLE, layout, tensors())
+    _write_config(folder, replace(config, stored_scheme=scheme.name))
+    after = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+    return sum(entry.nbytes for entry in stored.values()), after
+
+
+def _write_tensors(
+    path: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor]
+) -> None:
+    """A safetensors file of tensors in the order, shapes and dtypes of `layout`; replaces an old one at the end."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     name_of = {kind: name for name, kind in DTYPE_OF.items()}
     end = 0
-    for name, parameter in model.named_parameters():
-        begin, end = end, end + parameter.numel() * dtype.itemsize
-        header[name] = {"dtype": name_of[dtype], "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    for name, (shape, dtype) in layout.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)  # tensors that are mapped start on a cache line
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{SINGLE}.tmp"
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for parameter in model.parameters():
-            tensor = parameter.detach().to("cpu", dtype).contiguous()
-            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-    temporary.replace(folder / SINGLE)
+        for (name, (shape, dtype)), tensor in zip(layout.items(), tensors, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), name
+            whole = tensor.contiguous()
+            file.write((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
+    temporary.replace(path)
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
     temporary = folder / "config.json.tmp"
-    raw = replace(config, dtype=str(dtype).removeprefix("torch.")).to_hf()
-    temporary.write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+    temporary.write_text(json.dumps(config.to_hf(), indent=2) + "\n", "utf-8")
     temporary.replace(folder / "config.json")
-
-
-def empty_model(config: ModelConfig) -> Transformer:
-    """The network without storage: names, shapes and nothing else, whatever its size."""
-    with _NoInitialValues(), torch.device("meta"):
-        return Transformer(config)
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves new weights as they are: random values on the meta device mean nothing, and import 76 MB in 1.8 s."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (init.kaiming_uniform_, init.uniform_, init.normal_):
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def _map(file: Path) -> Tensor:
@@ -241,39 +317,3 @@ def _view(file: Tensor, entry: Stored) -> Tensor:
     if entry.begin % DTYPE_OF[entry.dtype].itemsize:
         raw = raw.clone()  # [bytes]
     return raw.view(DTYPE_OF[entry.dtype]).view(entry.shape)  # [*entry.shape]
-
-
-def _check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) -> list[str]:
-    """The model's tensor names in file order; CheckpointError unless `stored` has exactly these, in their shapes."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    ignored = {name for name in stored if HARMLESS.fullmatch(name)}
-    if model.config.tie_word_embeddings:
-        ignored.add("lm_head.weight")
-    both = [name for name in wanted if name in stored]
-    complaints = {
-        "missing": [name for name in wanted if name not in stored],
-        "unexpected": [name for name in stored if name not in wanted and name not in ignored],
-        "misshapen": [
-            f"{name} is {list(stored[name].shape)} instead of {list(wanted[name])}"
-            for name in both
-            if stored[name].shape != wanted[name]
-        ],
-        "in an unsupported dtype": [
-            f"{name} is {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPE_OF
-        ],
-    }
-    found = [f"{len(names)} {what} ({in_brief(names)})" for what, names in complaints.items() if names]
-    if not found:
-        return sorted(wanted, key=lambda name: (stored[name].file, stored[name].begin))
-    remedy = "download the checkpoint again, or correct its config.json"
-    if complaints["missing"] == ["lm_head.weight"]:
-        remedy = (
-            'if the model shares its embedding, set "tie_word_embeddings": true in config.json, else download again'
-        )
-    if complaints["in an unsupported dtype"]:
-        remedy = f"use a checkpoint that is not quantised ({', '.join(DTYPE_OF)})"
-    files = sorted({entry.file.name for entry in stored.values()})
-    raise CheckpointError(
-        f"the tensors in {folder} are not those of its config.json ({model.config.architecture}): "
-        f"{'; '.join(found)}; files read: {in_brief(files)}; {remedy}"
-    )

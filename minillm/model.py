@@ -39,8 +39,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> float32 (or float64) logits [..., V]."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        logits = F.linear(hidden, head.weight)  # [..., V]
+        head = self.lm_head
+        logits: Tensor = F.linear(hidden, self.model.embed_tokens.weight) if head is None else head(hidden)  # [..., V]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

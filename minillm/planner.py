@@ -19,13 +19,14 @@ import torch
 from .budget import Budget, CachePlan
 from .cache import query_block
 from .errors import BudgetError
-from .loader import DTYPES, Weights, cpu_has_bfloat16
+from .inventory import DTYPES, Weights
+from .loader import cpu_has_bfloat16
 from .memory import Guard, held, room
 from .units import size
 
 # Code of the libraries that is paged in, their buffers, and the tokenizer's cache of words: 5 to 12 MiB were measured
-# with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where the CPU multiplies bfloat16, oneDNN compiles kernels for the
-# shapes it meets: 17 to 31 MiB in all.
+# with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where weights are packed, or the CPU multiplies bfloat16, oneDNN
+# compiles kernels for the shapes it meets: 17 to 31 MiB in all.
 RUNTIME_BYTES, COMPILED_BYTES = 16 << 20, 18 << 20
 # Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
@@ -221,7 +222,7 @@ class MemoryPlan:
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
-        compiles = self.device.type == "cpu" and item < 4 and cpu_has_bfloat16()
+        compiles = self.device.type == "cpu" and (self.weights.packed or (item < 4 and cpu_has_bfloat16()))
         return parts | {"runtime": RUNTIME_BYTES + (COMPILED_BYTES if compiles else 0)}
 
 
@@ -229,12 +230,12 @@ def attention_bytes(plan: CachePlan, chunk: int) -> int:
     """The most bytes that live at once while a block of queries evicts, attends and is observed, per slot and KV head.
 
     attend: scores, their softmax and the mask of one block; keys and values as numbers to compute with, where they are
-    stored in 8 bits.  evict: the order of the slots, 48 bytes, and what the policy declares.
+    stored in 8 bits.  evict: the order of the slots, 48 bytes, and what the policy declares for them together.
     """
     config, item = plan.config, plan.dtype.itemsize
     retention = max(plan.retentions, key=lambda retention: retention.slots)
     kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, plan.rows))
     dense = 2 * item * config.head_dim if plan.int8 else 0
     attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
-    evict = 48 + plan.policy.scratch(config, plan.int8 or item < 4) if plan.evicts else 0
-    return plan.rows * kv_heads * retention.slots * max(dense + attend, evict)
+    evict = 48 * retention.slots + plan.policy.scratch(config, retention, plan.int8 or item < 4) if plan.evicts else 0
+    return plan.rows * kv_heads * max(retention.slots * (dense + attend), evict)

@@ -81,17 +81,13 @@ def copy_session_(source: Session, target: Session) -> None:
 def settings(session: Session) -> dict[str, str]:
     """The fingerprint of all that computes the session."""
     llm = session.llm
-    layer: Any = llm.model.model.layers[0]
-    backend = layer.self_attn.attend.__module__.rpartition(".")[2]
-    return fingerprint(llm.checkpoint.digest, llm.plan, device=llm.checkpoint.device, backend=backend, chunk=llm.chunk)
+    return fingerprint(llm.checkpoint, llm.plan, chunk=llm.chunk)
 
 
 def check_settings(path: Path, checkpoint: Checkpoint, plan: CachePlan, *, chunk: int) -> None:
-    """Raise SessionError at once for a file that could not be loaded; needs no weights, so any backend will do."""
+    """Raise SessionError at once for a file that could not be loaded; needs no weights."""
     with open_snapshot(path, check=False) as snapshot:
-        backend = snapshot.metadata.get("backend", "")
-        ours = fingerprint(checkpoint.digest, plan, device=checkpoint.device, backend=backend, chunk=chunk)
-        check_fingerprint(path, snapshot.metadata, ours)
+        check_fingerprint(path, snapshot.metadata, fingerprint(checkpoint, plan, chunk=chunk))
 
 
 def cache_tensors(session: Session) -> dict[str, Tensor]:

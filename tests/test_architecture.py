@@ -24,11 +24,24 @@ TREES = {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for 
 # From the ground up: a room may import from its own floor and from those below it.
 FLOORS = (
     ("errors", "units", "version"),
-    ("config", "headers", "layer_budget", "lsh", "memory", "sampling", "text", "vocabulary", "sandbox"),
-    ("slots", "cache", "eviction"),
+    (
+        "config",
+        "cores",
+        "lookup",
+        "headers",
+        "layer_budget",
+        "lsh",
+        "memory",
+        "sampling",
+        "text",
+        "vocabulary",
+        "sandbox",
+    ),
+    ("slots", "cache", "eviction", "quant"),
     ("policies", "backends", "tokenizer", "chat"),
     ("model", "budget"),
-    ("generate", "loader", "quant", "parallel", "snapshot", "fingerprint"),
+    ("fused",),
+    ("generate", "inventory", "loader", "parallel", "snapshot", "fingerprint"),
     ("planner",),
     ("hub", "engine"),
     ("checkpoint", "results", "stream", "saved", "session"),
@@ -40,9 +53,9 @@ FLOORS = (
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
-DISK_ROOMS = {"loader", "headers", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
+DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
-USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store", "minillm.memory"}  # /proc, which is no disk
+USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store", "minillm.memory", "minillm.cores"}  # /proc
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(
     r"os\.(remove|unlink|rename|replace|mkdir|makedirs|listdir|scandir|walk|stat)|(shutil|tempfile|mmap)\.\w+"

@@ -13,7 +13,8 @@ import torch
 
 from minillm.config import FAMILIES, ModelConfig, RopeScaling
 from minillm.errors import ConfigError
-from minillm.loader import read_config, weights_of
+from minillm.inventory import weights_of
+from minillm.loader import read_config
 from minillm.model import Transformer
 
 LLAMA: dict[str, Any] = {

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from minillm import loader
 from minillm.errors import CheckpointError, ConfigError
+from minillm.inventory import weights_of
 from minillm.loader import (
     choose_dtype,
     load_model,
     read_config,
     read_generation_defaults,
     save_checkpoint,
-    weights_of,
 )
 from minillm.model import Transformer
 
@@ -202,7 +202,8 @@ def test_tied_and_untied_heads(tmp_path: Path) -> None:
 def test_quantised_tensors_are_refused_by_name(dtype: str, folder: Path, model: Transformer) -> None:
     tensors = tensors_of(model)
     name, tensor = next(iter(tensors.items()))
-    entry = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
+    shape = [*tensor.shape[:-1], tensor.nbytes // tensor.shape[:-1].numel()]  # a byte for each
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, tensor.nbytes]}
     write(folder / "model.safetensors", tensors, entries={name: entry})
     with pytest.raises(CheckpointError, match=f"unsupported dtype .{name} is {dtype}.*not quantised"):
         load(folder)

@@ -26,7 +26,9 @@ from minillm.backends.reference import attend_
 from minillm.budget import CachePlan
 from minillm.checkpoint import Checkpoint
 from minillm.cli.main import main
-from minillm.loader import Weights, save_checkpoint
+from minillm.eviction import evict_
+from minillm.inventory import Weights
+from minillm.loader import save_checkpoint
 from minillm.memory import Guard, Room, held, room
 from minillm.planner import CONVERSION_BYTES, MemoryPlan, attention_bytes, size_of
 from minillm.policies import POLICIES
@@ -357,6 +359,30 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
             attend_(cache.layers[0], q, k, k, span, q if plan.position_mode == "window" else None)
         lived, planned = living.most - q.nbytes, attention_bytes(plan, 256)  # the result is counted as an activation
         assert lived <= planned <= 2 * lived + MIB, (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        *((name, {}) for name, rule in POLICIES.items() if rule.evicts),
+        *(("hashevict", options) for options in HASH_OPTIONS),
+    ],
+)
+def test_an_eviction_holds_what_the_plan_says(policy: str, options: dict[str, Any]) -> None:
+    """The first one, when all tokens are tagged, and a later one, after few tokens or many: without attention."""
+    slots = 1024
+    for kv_heads, kv_dtype, every in product((1, 8), ("auto", "int8"), (32, 600)):
+        shape = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "head_dim": 64}
+        config = tiny_config(num_hidden_layers=1, sliding_windows=(None,), **shape)
+        given: dict[str, Any] = {"policy": policy, "kv_dtype": kv_dtype, "evict_every": every, **options}
+        plan = CachePlan.of(config, budget=slots, whole=2 * slots, dtype=torch.bfloat16, **given)
+        layer = plan.allocate(torch.device("cpu")).layers[0]
+        q, k = (torch.randn(1, count, 64).to(torch.bfloat16) for count in (8, kv_heads))
+        for now in (slots, slots + every):
+            layer.positions[:] = torch.arange(slots, dtype=torch.int32)
+            with torch.inference_mode(), Living() as living:
+                evict_(layer, q, k, torch.tensor([now]), settle=now == slots)
+            assert living.most <= attention_bytes(plan, 1), (kv_heads, kv_dtype, every, now)
 
 
 def test_loading_counts_the_tensor_that_is_converted() -> None:

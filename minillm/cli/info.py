@@ -13,7 +13,6 @@ from .. import __version__
 from .options import add_json_option
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "sentencepiece", "huggingface-hub", "jinja2")
-OPERATIONS = ("hashing", "eviction", "attention")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -75,12 +74,32 @@ def devices() -> dict[str, Any]:
 
 
 def backends() -> dict[str, Any]:
-    """Which backend serves which operation; today there is one."""
+    """Which backend serves which operation, for bfloat16 on the CPU where that is what `auto` chooses, and why."""
+    import torch
+
+    from ..backends import linear, native
+    from ..loader import cpu_has_bfloat16
+
+    dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    why = native.missing() or ("" if dtype == torch.bfloat16 else "it computes in bfloat16 alone")
+    packed = (
+        "oneDNN, weights packed once" if linear.can_pack(dtype) else "torch, plain (oneDNN does not multiply it here)"
+    )
+    int8 = "oneDNN, activations rounded to 8 bits" if linear.has_int8() else "dense blocks (torch lacks oneDNN's int8)"
     return {
-        "reference": {"serves": list(OPERATIONS), "why": "plain torch, runs on every device"},
-        "cpu": {"serves": [], "why": "not part of this version"},
-        "triton": {"serves": [], "why": "not part of this version"},
-        "graph": {"serves": [], "why": "not part of this version"},
+        "dtype auto": f"{str(dtype).removeprefix('torch.')} for checkpoints in 16 bits: "
+        + ("the CPU multiplies it" if dtype == torch.bfloat16 else "the CPU has no instructions for bfloat16"),
+        "linear": packed,
+        "linear int8": int8,
+        "linear int8-a16": "dense blocks of weights",
+        "linear int4": "native.c" if not why else "torch's int4 operator",
+        "attention, one token": "native.c" if not why else "torch, matrix products over slots",
+        "attention, many tokens": "torch's fused kernel over slots",
+        "norm, rotary, gate": "native.c" if not why else "torch",
+        "hashing, eviction": "torch, once in evict-every tokens",
+        "native.c": "runs here" if not why else f"does not run: {why}",
+        "reference": "every operation, wherever --backend reference says so, and on other devices",
+        "triton, graph": "not part of this version",
     }
 
 

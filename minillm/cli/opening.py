@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from .interrupt import ctrl_c_ends_at_once
@@ -16,24 +17,35 @@ if TYPE_CHECKING:
     from ..sampling import SamplingParams
 
 
-def open_checkpoint(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
+def open_checkpoint(args: argparse.Namespace, *, with_weights: bool = True) -> Checkpoint:
     """The checkpoint that the options name, see Checkpoint.open; sets the number of threads on the way."""
     with ctrl_c_ends_at_once():
-        import torch
-
         from ..checkpoint import Checkpoint
         from ..hub import EMBEDDED
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    choose_threads(args)
     return Checkpoint.open(
         args.model or EMBEDDED,
         dtype=args.dtype,
         device=args.device,
         revision=args.revision,
         offline=args.offline,
-        weights=weights,
+        weights=args.weights,
+        backend=args.backend,
+        with_weights=with_weights,
     )
+
+
+def choose_threads(args: argparse.Namespace) -> None:
+    """As many threads as --threads says, else as OMP_NUM_THREADS does, else as there are cores for this process."""
+    import torch
+
+    from ..cores import usable_cores
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
 
 
 def choose_sampling(args: argparse.Namespace, checkpoint: Checkpoint) -> SamplingParams:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import SCHEMES
 from ..errors import SamplingError
 
 if TYPE_CHECKING:
@@ -40,7 +41,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)"
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument(
+        "--weights",
+        choices=("auto", *SCHEMES),
+        default="auto",
+        help="quantise linear layers while loading: int8 (activations rounded to 8 bits, too), int8-a16 (they are "
+        "not), int4 (default: auto, as stored)",
+    )
+    group.add_argument(
+        "--backend", choices=("auto", "reference", "cpu"), default="auto", help="who computes (default: auto, see info)"
+    )
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: the cores this process may use)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a fresh one, reported)")
     add_json_option(parser)
 

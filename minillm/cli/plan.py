@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
-    checkpoint = open_checkpoint(args, weights=False)
+    checkpoint = open_checkpoint(args, with_weights=False)
 
     from .. import llm  # noqa: F401  # what the commands that run have loaded counts as base
     from ..memory import room

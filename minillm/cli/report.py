@@ -41,6 +41,8 @@ def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
     if plan.policy.evicts:
         rule += f" (sinks {retention.sinks}, recent {retention.recent}, evict-every {retention.evict_every})"
     precision = str(checkpoint.dtype).removeprefix("torch.")
+    if checkpoint.scheme is not None:
+        precision = f"{checkpoint.scheme.name} and {precision}"
     weights = size(checkpoint.weight_bytes())
     return f"{checkpoint.name}, {weights} in {precision} on {checkpoint.device}; {kept}; {rule}"
 

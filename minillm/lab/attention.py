@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
+from ..fused import FusedLayer
 from ..model import Attend, Attention, Transformer
 from ..slots import LayerCache, Span
 
@@ -101,7 +102,7 @@ def last_queries(model: Transformer, cache: KVCache) -> Iterator[dict[int, Query
 
         return listen
 
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    attentions = [module for module in model.modules() if isinstance(module, (Attention, FusedLayer))]
     before = [attention.attend for attention in attentions]
     try:
         for attention in attentions:

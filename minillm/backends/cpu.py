@@ -1,0 +1,146 @@
+"""The CPU backend: the reference's attention with fewer, larger operations, and what stands around linear layers.
+
+Decode (one token a row) runs in native.c where that is built; prefill through torch's fused attention, a whole stretch
+between two evictions at once.  Whatever neither can do - policies that observe attention weights, an 8-bit cache under
+decode, other dtypes - is the reference's.  Nothing here has state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..eviction import evict_
+from ..slots import LayerCache, Span
+from . import native, reference
+
+LONGEST = 256  # tokens that attend together, at most ...
+MASK_BYTES = 8 << 20  # ... and so many fewer that the mask of who sees whom stays below this
+
+
+def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
+    """What `reference.attend_` does, with its arguments, effects and result."""
+    if layer.policy.needs_attention:
+        return reference.attend_(layer, q, k, v, span, q_far)
+    if q_far is not None and not layer.far:
+        q_far = None
+    result = None if span.length == q.shape[2] else torch.zeros_like(q)  # [B, H, T, D]; padding gives zeros
+    pieces = []
+    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span)):
+        queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
+        if evict:
+            evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
+        layer.write_(k[:, :, start:stop], v[:, :, start:stop], span, start, stop)
+        far = None if q_far is None else q_far[:, :, start:stop]
+        attended = attend_slots(layer, queries, span, start, stop, far)
+        if result is None:
+            pieces.append(attended)
+        else:
+            result[:, :, start:stop] = attended
+        if layer.policy.needs_queries:
+            layer.policy.observe_queries_(layer, queries, positions)
+    if result is None:
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return result
+
+
+def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:
+    """Queries q [B, H, n, D] of the tokens start..stop of a span over a layer's slots -> [B, H, n, D]."""
+    positions = span.positions[:, start:stop]  # [B, n]
+    pins_far = layer.far and layer.flagged  # pinned tokens are seen from afar, and lie in any slot
+    if q.shape[2] == 1 and serves_decode(layer, q.dtype) and not pins_far:
+        window = layer.window if layer.window is not None else 1 << 31
+        sinks = layer.retention.sinks if layer.far else 0
+        reach = min(max(span.first) + stop, layer.retention.slots)
+        now = positions.contiguous()
+        return native.attend(
+            q, q_far, layer.keys, layer.values, layer.positions, now, reach=reach, window=window, sinks=sinks
+        )
+    if q.shape[2] == 1 or q_far is not None:
+        return reference.attend_slots(layer, q, positions, layer.reach(span, stop), q_far)
+    return attend_many(layer, q, span, start, stop)
+
+
+def serves_decode(layer: LayerCache, dtype: torch.dtype) -> bool:
+    """Whether native.c attends over this layer's slots."""
+    return native.missing() is None and fits_native(dtype, layer.keys.shape[3]) and layer.scales is None
+
+
+def fits_native(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether native.c has loops for heads of this kind."""
+    return dtype == torch.bfloat16 and head_dim % 32 == 0
+
+
+def query_block(layer: LayerCache, span: Span) -> int:
+    """How many tokens attend together, so that their mask stays small: 2 bytes a slot, or 4 in every KV head."""
+    width = 2 if _in_order(layer, span) else 4 * layer.keys.shape[1]
+    return max(1, min(LONGEST, MASK_BYTES // (len(span.first) * width * layer.retention.slots)))
+
+
+def attend_many(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int) -> Tensor:
+    """The same for many queries, by torch's fused kernel, whose memory does not grow with the slots."""
+    reach = layer.reach(span, stop)
+    keys, values = layer.dense(reach, q.dtype)  # [B, Hkv, S, D] each
+    if _in_order(layer, span):
+        bias = _bias_in_order(layer, q, span, start, reach)  # [B, 1, n, S]: the same for every head
+    else:
+        hidden = ~layer.can_see(span.positions[:, start:stop], reach)  # [B, Hkv, n, S]
+        bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    rows = []
+    for row in range(len(q)):  # query heads that share a KV head become the kernel's heads, the KV heads its batch
+        grouped = q[row].unflatten(0, (keys.shape[1], -1))  # [Hkv, G, n, D]
+        shared = (-1, grouped.shape[1], -1, -1)
+        rows.append(
+            F.scaled_dot_product_attention(
+                grouped,
+                keys[row].unsqueeze(1).expand(shared),
+                values[row].unsqueeze(1).expand(shared),
+                attn_mask=bias[row].unsqueeze(1).expand(keys.shape[1], grouped.shape[1], -1, -1),
+            ).flatten(0, 1)  # [H, n, D]
+        )
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
+def _in_order(layer: LayerCache, span: Span) -> bool:
+    """Whether nothing was evicted yet: then a token lies in the slot of its own position, in every head."""
+    return max(span.first) + span.length <= layer.retention.slots and not layer.flagged
+
+
+def _bias_in_order(layer: LayerCache, q: Tensor, span: Span, start: int, reach: int) -> Tensor:
+    """0 where the token at position first + start + i sees slot s, else -inf: [B, 1, n, reach]."""
+    rows = []
+    for first in span.first:
+        at = first + start
+        later = q.new_full((q.shape[2], reach), -torch.inf).triu_(at + 1)  # s > position
+        if layer.window is not None and at + q.shape[2] > layer.window:
+            later += torch.full_like(later, -torch.inf).tril_(at - layer.window)  # s <= position - window
+            if layer.far:
+                later[:, : layer.retention.sinks] = 0
+        rows.append(later)
+    return torch.stack(rows).unsqueeze(1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
+    """x [..., size] += delta where there is one; the normalised x."""
+    if x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0 and native.missing() is None:
+        return native.rms_norm(x, weight, eps, delta)
+    if delta is not None:
+        x.add_(delta)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def gated(x: Tensor) -> Tensor:
+    """Gate and up [..., 2 I] -> silu(gate) * up [..., I]."""
+    if x.dtype == torch.bfloat16 and x.shape[-1] % 32 == 0 and native.missing() is None:
+        return native.gated(x)
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [B, T, n, D] turned by cos and sin [B, 1, T, D], see model.rotate -> [B, n, T, D]."""
+    if fits_native(x.dtype, x.shape[-1]) and native.missing() is None:
+        return native.rotate(x, cos, sin)
+    x = x.transpose(1, 2)  # [B, n, T, D]
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

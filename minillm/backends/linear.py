@@ -1,0 +1,212 @@
+"""Linear layers of the CPU backend: one form of each weight in memory, for decode and for prefill alike.
+
+The packed forms are made and read by private operators of torch (`torch.ops.mkldnn`, `torch.ops.onednn`,
+`_weight_int4pack_mm_for_cpu`), which tests pin to what they are taken for; where torch lacks one, the plain layer runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import quant
+from ..quant import GROUP, Bits, Quantised, blocks
+from . import native
+
+DENSE_NUMBERS = 1 << 23  # weights that are held dense at a time, where a product wants them so: 16 MiB of bfloat16
+
+
+def make_linear(
+    weight: Tensor | Quantised, bias: Tensor | None, *, dtype: torch.dtype, rounds_activations: bool = True
+) -> Linear:
+    """The fastest layer on the CPU for a weight [N, K] and activations in `dtype`; it takes the place of `weight`."""
+    if isinstance(weight, Tensor):
+        return OneDNNLinear(weight, bias) if can_pack(dtype) else PlainLinear(weight, bias)
+    if weight.bits == 8:
+        return Int8RoundedLinear(weight, bias) if rounds_activations and has_int8() else DenseLinear(weight, bias)
+    rows, _ = weight.shape
+    if native.missing() is None and dtype == torch.bfloat16 and rows % native.TILE == 0:
+        return Int4NativeLinear(weight, bias)
+    return Int4Linear(weight, bias) if rows % 64 == 0 else DenseLinear(weight, bias)
+
+
+def quantise(weight: Tensor, bits: Bits) -> Quantised:
+    """`quant.quantise`, by native.c where it can (sums of 32 products are then rounded in another order)."""
+    suits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % GROUP == 0
+    if suits and native.missing() is None:
+        return native.quantise(weight.contiguous(), bits)
+    return quant.quantise(weight, bits)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype well on this CPU."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_int8() -> bool:
+    """Whether torch was built with oneDNN's 8-bit products."""
+    return "onednn" in torch.backends.quantized.supported_engines
+
+
+class Linear(nn.Module):
+    """y = x W^T + bias for x [..., K]; subclasses say how W is kept and multiply two-dimensional x."""
+
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.reshape(-1, self.in_features))  # [M, N]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N], bias included."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, as they are kept."""
+        raise NotImplementedError
+
+
+class PlainLinear(Linear):
+    """As torch does it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]), bias)
+        self.weight = weight
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+class OneDNNLinear(Linear):
+    """float32 or bfloat16 in the order in which oneDNN's kernels read it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]), bias)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: better for many rows, as good for one
+        self._nbytes = weight.nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+
+class Int8RoundedLinear(Linear):
+    """8-bit weights times activations that are rounded to 8 bits, each token with a scale of its own."""
+
+    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self._nbytes = weight.nbytes
+        self.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
+        self.scales = weight.scales.flatten()  # [N]
+        self.zeros = torch.zeros_like(self.scales, dtype=torch.int64)  # [N]
+        self.one, self.zero = torch.ones(()), torch.zeros((), dtype=torch.int64)
+
+    def product(self, x: Tensor) -> Tensor:
+        codes, scales = round_rows(x)  # [M, K], [M, 1]
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, self.one, self.zero, self.packed, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
+        )
+        y.mul_(scales.to(y.dtype))
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+
+class DenseLinear(Linear):
+    """Weights that become numbers a block of rows at a time, where no kernel multiplies them as they are.
+
+    native.c does that for 8 bits and few rows of activations.
+    """
+
+    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self.weight = weight
+        on_cpu = weight.codes.device.type == "cpu" and weight.codes.is_contiguous()
+        self.is_native = on_cpu and weight.bits == 8 and self.in_features % 32 == 0 and native.missing() is None
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.is_native and x.shape[0] <= native.MOST_ROWS and x.dtype == torch.bfloat16:
+            y = native.int8_linear(x, self.weight.codes, self.weight.scales)  # [M, N]
+            return y if self.bias is None else y.add_(self.bias)
+        y = x.new_empty(x.shape[0], self.out_features)  # [M, N]
+        for start, stop in blocks(self.out_features, self.in_features, DENSE_NUMBERS):
+            part = Quantised(self.weight.codes[start:stop], self.weight.scales[start:stop])
+            if part.bits == 8:  # whole numbers are exact in bfloat16, and the scale of a row can wait
+                y[:, start:stop] = F.linear(x, part.codes.to(x.dtype)) * part.scales.to(x.dtype).flatten()
+            else:
+                y[:, start:stop] = F.linear(x, part.dense(x.dtype))
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+class Int4Linear(Linear):
+    """4-bit weights by torch's own operator: as fast as memory for one row, slow for many."""
+
+    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        codes = torch.stack((weight.codes & 15, weight.codes >> 4), 2).flatten(1).to(torch.int32)  # [N, K]
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = weight.scales.T.contiguous()  # [K / 32, N]
+        self.scales = torch.stack((scales, torch.zeros_like(scales)), 2)  # [K / 32, N, 2]: scale, and what 8 stands for
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, 32, self.scales.to(x.dtype))
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.packed.nbytes + self.scales.nbytes)
+
+
+class Int4NativeLinear(Linear):
+    """4-bit weights by native.c: few rows at the speed of memory, many as bfloat16, a block of weights at a time."""
+
+    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias)
+        self.codes, self.scales = native.pack_int4(weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= native.MOST_ROWS:
+            y = native.int4_linear(x.contiguous(), self.codes, self.scales)  # [M, N]
+        elif native.has_amx() and self.out_features % 32 == 0:
+            y = native.int4_many(x.contiguous(), self.codes, self.scales)
+        else:
+            y = x.new_empty(x.shape[0], self.out_features)
+            step = max(native.TILE, DENSE_NUMBERS // self.in_features // native.TILE * native.TILE)
+            dense = x.new_empty(min(step, self.out_features), self.in_features)
+            for start in range(0, self.out_features, step):
+                stop = min(self.out_features, start + step)
+                y[:, start:stop] = F.linear(x, native.int4_dense(self.codes, self.scales, start, stop, dense))
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> int8 [M, K] and scales [M, 1], so that x is about int8 * scale; float32 scales."""
+    if x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and native.missing() is None:
+        return native.round_rows(x.contiguous())
+    scales = x.abs().amax(1, keepdim=True).to(torch.float32).clamp_(min=1e-30) / 127  # [M, 1]
+    return (x / scales).round_().to(torch.int8), scales

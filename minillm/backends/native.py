@@ -1,0 +1,223 @@
+"""The functions of native.c, where they were built and this CPU can run them: bfloat16 on x86-64 with AVX512-BF16.
+
+Every function here takes and gives tensors, checks nothing, and does what its namesake in torch operators does
+(cpu.py, quant.py); what is added in float32 there is added in float32 here, in another order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quant import GROUP, Bits, Quantised, shapes
+
+FILE = Path(__file__).with_name("_native.so")
+TILE = 16  # rows of 4-bit weights that lie together
+SLOTS_AT_ONCE = 256  # that a thread attends to
+MOST_ROWS = 8  # vectors that a 4-bit product takes at once
+
+_ARGUMENTS = {  # p: a pointer, i: an int64, f: a float
+    "quantise8": "pppii",
+    "quantise4": "pppii",
+    "int8_linear": "ppppiii",
+    "int4_pack": "ppppii",
+    "int4_linear": "ppppiii",
+    "int4_dense": "pppiii",
+    "int4_many": "ppppppiii",
+    "attend": "pipipppppp" + "iiiiiiiii",
+    "rms_norm": "ppppiif",
+    "gated": "ppii",
+    "rotate": "pipppiii",
+    "round": "pppii",
+}
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not FILE.is_file():
+        return "it was not built: no C compiler was there at installation, or another system than Linux on x86-64"
+    try:
+        library = ctypes.CDLL(str(FILE))
+    except OSError as error:
+        return f"it cannot be loaded ({error}); install minillm again"
+    if not library.minillm_runs():
+        return "this CPU lacks AVX512-BF16"
+    kinds = {"p": c_void_p, "i": c_int64, "f": c_float}
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, "minillm_" + name)  # kept by the library, as [] would not
+        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
+    return library
+
+
+def missing() -> str | None:
+    """Why native.c does not run here; None where it does."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether `int4_many` runs: an Intel CPU with AMX, and a system that grants it."""
+    library = _library()
+    return isinstance(library, ctypes.CDLL) and bool(library.minillm_runs_amx())
+
+
+@cache
+def _function(name: str) -> ctypes._NamedFuncPointer:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    function: ctypes._NamedFuncPointer = getattr(library, "minillm_" + name)
+    return function
+
+
+def quantise(weight: Tensor, bits: Bits) -> Quantised:
+    """What `quant.quantise` makes of a bfloat16 weight [N, K], K a multiple of 32."""
+    rows, width = weight.shape
+    made = {name: weight.new_empty(shape, dtype=kind) for name, (shape, kind) in shapes(rows, width, bits).items()}
+    _function(f"quantise{bits}")(weight.data_ptr(), made["codes"].data_ptr(), made["scales"].data_ptr(), rows, width)
+    return Quantised(made["codes"], made["scales"])
+
+
+def pack_int4(weight: Quantised) -> tuple[Tensor, Tensor]:
+    """4-bit weights [N, K], N a multiple of 16, as `int4_linear` reads them.
+
+    Codes uint8 [N / 16, K / 8, 16, 4]: sixteen rows together, eight weights of each in four bytes, the even ones in the
+    first two; scales bfloat16 [N / 16, K / 32, 16].
+    """
+    rows, width = weight.shape
+    codes = weight.codes.new_empty(rows // TILE, width // 8, TILE, 4)
+    scales = weight.scales.new_empty(rows // TILE, width // GROUP, TILE)
+    _function("int4_pack")(
+        weight.codes.data_ptr(), weight.scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, width
+    )
+    return codes, scales
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K] bfloat16, M at most 8, times int8 codes [N, K] and float32 scales [N, 1] -> [M, N]."""
+    rows, width, out = x.shape[0], x.shape[1], codes.shape[0]
+    y, wide = x.new_empty(rows, out), x.to(torch.float32)  # [M, N], [M, K]
+    _function("int8_linear")(wide.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, out, width)
+    return y
+
+
+def int4_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x [M, K] bfloat16, M at most 8, times packed weights [N, K] -> [M, N]."""
+    rows, width, out = x.shape[0], x.shape[1], codes.shape[0] * TILE
+    y = x.new_empty(rows, out)  # [M, N]
+    _function("int4_linear")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, out, width)
+    return y
+
+
+def int4_many(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The same for any M and N a multiple of 32, with AMX and the weights rounded to bfloat16 on the way."""
+    rows, width, out = x.shape[0], x.shape[1], codes.shape[0] * TILE
+    y = x.new_empty(rows, out)  # [M, N]
+    squares = x.new_empty(-(-rows // 32) * 32, width)  # x, in another order
+    weights = x.new_empty(torch.get_num_threads(), 32, width)
+    _function("int4_many")(
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        y.data_ptr(),
+        squares.data_ptr(),
+        weights.data_ptr(),
+        rows,
+        out,
+        width,
+    )
+    return y
+
+
+def int4_dense(codes: Tensor, scales: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows start..stop, multiples of 16, of packed weights [N, K] as bfloat16: the first rows of `out` [.., K]."""
+    first, last = start // TILE, stop // TILE
+    width = scales.shape[1] * GROUP
+    _function("int4_dense")(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), first, last, width)
+    return out[: stop - start]
+
+
+def attend(
+    q: Tensor,
+    far: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    now: Tensor,
+    *,
+    reach: int,
+    window: int,
+    sinks: int,
+) -> Tensor:
+    """Attention of one token a row: q, far [B, H, 1, D] over the first `reach` slots of a layer -> [B, H, 1, D].
+
+    keys, values [B, Hkv, S, D] bfloat16, positions int32 [B, Hkv, S].  The query at position now [B, 1] sees positions
+    > now - window, and `sinks` from any distance; these are asked with `far` where it is given.
+    """
+    batch, heads, _, dim = q.shape
+    kv_heads, slots = keys.shape[1], keys.shape[2]
+    out = q.new_empty(batch, heads, 1, dim)
+    cuts = -(-reach // SLOTS_AT_ONCE)
+    parts = q.new_empty(batch * heads * cuts * (dim + 2), dtype=torch.float32)
+    _function("attend")(
+        q.data_ptr(),
+        q.stride(0),
+        None if far is None else far.data_ptr(),
+        0 if far is None else far.stride(0),
+        keys.data_ptr(),
+        values.data_ptr(),
+        positions.data_ptr(),
+        out.data_ptr(),
+        parts.data_ptr(),
+        now.data_ptr(),
+        window,
+        sinks,
+        batch,
+        heads,
+        kv_heads,
+        slots,
+        reach,
+        dim,
+        has_amx(),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
+    """x [..., size] += delta, where there is one; the normalised x."""
+    size = x.shape[-1]
+    y = torch.empty_like(x)
+    add = None if delta is None else delta.data_ptr()
+    _function("rms_norm")(x.data_ptr(), add, weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps)
+    return y
+
+
+def gated(x: Tensor) -> Tensor:
+    """Gate and up [..., 2 I] -> silu(gate) * up [..., I]."""
+    size = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], size)
+    _function("gated")(x.data_ptr(), y.data_ptr(), y.numel() // size, size)
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [B, T, n, D], a part of a wider [B, T, m, D], turned by cos and sin [B, 1, T, D] -> [B, n, T, D]."""
+    batch, tokens, heads, dim = x.shape
+    y = x.new_empty(batch, tokens, heads, dim)
+    _function("rotate")(
+        x.data_ptr(), x.stride(1), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), batch * tokens, heads, dim
+    )
+    return y.transpose(1, 2)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> int8 [M, K] and scales float32 [M, 1]."""
+    codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    _function("round")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.shape[0], x.shape[1])
+    return codes, scales
