@@ -7,9 +7,9 @@ read, convert and drop them one part at a time.  model.py knows nothing of this,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,15 @@ from .model import Attend, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
 from .slots import LayerCache, Span
 
-Read = Callable[[str], Tensor | Quantised]  # a tensor of the checkpoint by name, in the model's dtype if it is one
+
+class Read(Protocol):
+    """Reads a tensor of a checkpoint by name: numbers in the model's dtype, or what is stored quantised.
+
+    out: where numbers are to be put.  keep: the tensor will be used as it is, so it may stay mapped.
+    """
+
+    def __call__(self, name: str, *, out: Tensor | None = None, keep: bool = False) -> Tensor | Quantised:
+        """The tensor; `out` itself where that was given and is what is stored."""
 
 
 class Step(NamedTuple):
@@ -80,56 +88,62 @@ class Fusion:
         for index, layer in enumerate(model.model.layers):
             assert isinstance(layer, Layer)
             fused, at = FusedLayer(layer), f"model.layers.{index}"
+            linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
             for part, names in {
                 "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 "o": ("self_attn.o_proj",),
                 "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
                 "down": ("mlp.down_proj",),
             }.items():
-                owner, _, leaf = names[0].partition(".")
-                biased = getattr(getattr(layer, owner), leaf).bias is not None
-                yield self._step(fused, part, [f"{at}.{name}" for name in names], biased)
+                yield self._step(fused, part, {f"{at}.{name}": linears[name] for name in names})
             model.model.layers[index] = fused
         if model.lm_head is not None:
-            yield self._step(model, "lm_head", ["lm_head"], biased=False)
+            yield self._step(model, "lm_head", {"lm_head": model.lm_head})
         elif self.scheme is not None:  # the shared matrix once more, smaller, for the output alone
-            yield self._step(model, "lm_head", ["model.embed_tokens"], biased=False)
+            yield self._step(model, "lm_head", {"model.embed_tokens": model.model.embed_tokens})
 
     def dense_step(self, owner: nn.Module, part: str, module: str, biased: bool) -> Step:
         """One linear layer, kept quantised and multiplied dense; runs on every device."""
 
         def install(read: Read) -> None:
-            weight = self._stored(part, module, read(f"{module}.weight"))
-            assert isinstance(weight, Quantised), module
+            weight = self._quantised(part, read, module)
             setattr(owner, part, DenseLinear(weight, read(f"{module}.bias") if biased else None))  # type: ignore[arg-type]
 
         return Step(tuple(f"{module}.{kind}" for kind in ("weight", "bias")[: 1 + biased]), install)
 
-    def _step(self, owner: nn.Module, part: str, modules: list[str], biased: bool) -> Step:
-        """Several linear layers of one input as one: the attribute `part` of `owner`."""
+    def _step(self, owner: nn.Module, part: str, layers: Mapping[str, nn.Linear | nn.Embedding]) -> Step:
+        """Several linear layers of one input, by name, as one: the attribute `part` of `owner`."""
+        modules, first = list(layers), next(iter(layers.values()))
+        heights, width = [layer.weight.shape[0] for layer in layers.values()], first.weight.shape[1]
+        biased = isinstance(first, nn.Linear) and first.bias is not None
 
         def install(read: Read) -> None:
-            weights = [self._stored(part, name, read(f"{name}.weight")) for name in modules]
             biases = [read(f"{name}.bias") for name in modules] if biased else []
             bias = torch.cat(biases) if biased else None  # type: ignore[arg-type]
-            weight = _join(weights)
-            del weights
             rounds = self.scheme is not None and self.scheme.rounds_activations
+            weight = self._joined(part, read, modules, heights, width)
             setattr(owner, part, make_linear(weight, bias, dtype=self.dtype, rounds_activations=rounds))
 
         kinds = ("weight", "bias") if biased else ("weight",)
         return Step(tuple(f"{name}.{kind}" for name in modules for kind in kinds), install)
 
-    def _stored(self, part: str, name: str, weight: Tensor | Quantised) -> Tensor | Quantised:
-        if self.scheme is None or isinstance(weight, Quantised):
+    def _joined(self, part: str, read: Read, modules: list[str], heights: list[int], width: int) -> Tensor | Quantised:
+        """The weights [height, width] of several layers, one below the other."""
+        if self.scheme is not None:
+            found = [self._quantised(part, read, module) for module in modules]
+            return Quantised.join(found)
+        joined, at = torch.empty(sum(heights), width, dtype=self.dtype), 0
+        for module, height in zip(modules, heights, strict=True):
+            read(f"{module}.weight", out=joined[at : at + height])
+            at += height
+        return joined
+
+    def _quantised(self, part: str, read: Read, module: str) -> Quantised:
+        assert self.scheme is not None
+        weight = read(f"{module}.weight")
+        if isinstance(weight, Quantised):
             return weight
-        return quantise(weight, self.scheme.bits(part if part == "lm_head" else name, weight.shape[1]))
-
-
-def _join(weights: list[Tensor | Quantised]) -> Tensor | Quantised:
-    if isinstance(weights[0], Quantised):
-        return Quantised.join(weights)  # type: ignore[arg-type]
-    return torch.cat(weights) if len(weights) > 1 else weights[0]  # type: ignore[arg-type]
+        return quantise(weight, self.scheme.bits("lm_head" if part == "lm_head" else module, weight.shape[1]))
 
 
 def unfused_steps(model: Transformer, dtype: torch.dtype, scheme: Scheme | None) -> Iterator[Step]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .backends.linear import quantise
 from .config import ModelConfig, token_ids
 from .errors import CheckpointError, ConfigError
-from .fused import Fusion, unfused_steps
+from .fused import Fusion, Read, unfused_steps
 from .headers import DTYPE_OF, SINGLE, Stored, stored_tensors
 from .inventory import DTYPES, check_fit, empty_model, wanted_tensors
 from .model import Transformer
@@ -135,25 +135,27 @@ def load_model(
     done, total = 0, sum(stored[name].nbytes for name in names)
     maps = {file: _map(file) for file in {entry.file for entry in stored.values()}}  # free until a page is touched
 
-    def tensor(name: str, dtype: torch.dtype, keep: bool) -> Tensor:
-        """keep: the tensor is used as it is, so that what is stored in its dtype may stay mapped."""
+    def tensor(name: str, dtype: torch.dtype, out: Tensor | None, keep: bool) -> Tensor:
         nonlocal done
         entry = stored[name]
         if keep and DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":
             found = _view(maps[entry.file], entry)  # the file stays mapped as long as one of its tensors lives
+        elif DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":  # mapped pages would count, and come one by one
+            found = _read_into(torch.empty(entry.shape, dtype=dtype) if out is None else out, entry)
         else:  # a mapping of its own, so that the pages go as soon as the tensor is converted
-            found = _view(_map(entry.file), entry).to(device, dtype)
+            view = _view(_map(entry.file), entry)
+            found = view.to(device, dtype) if out is None else out.copy_(view)
         done = min(total, done + entry.nbytes)
         if progress is not None:
             progress(done, total)
         return found
 
-    def read(name: str, keep: bool = False) -> Tensor | Quantised:
+    def read(name: str, *, out: Tensor | None = None, keep: bool = False) -> Tensor | Quantised:
         if name in stored or not name.endswith(".weight"):
-            return tensor(name, dtype, keep)
+            return tensor(name, dtype, out, keep)
         module = name.removesuffix(".weight")
         kinds = {part: DTYPE_OF[stored[f"{module}.{part}"].dtype] for part in ("codes", "scales")}
-        return Quantised(**{part: tensor(f"{module}.{part}", kind, keep) for part, kind in kinds.items()})
+        return Quantised(**{part: tensor(f"{module}.{part}", kind, None, keep) for part, kind in kinds.items()})
 
     return fill(model, read, dtype=dtype, scheme=scheme, fused=fused)
 
@@ -177,11 +179,12 @@ def random_model(
     model, at = empty_model(config), 0
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
-    def read(name: str, keep: bool = False) -> Tensor:  # noqa: ARG001
+    def read(name: str, *, out: Tensor | None = None, keep: bool = False) -> Tensor:  # noqa: ARG001
         nonlocal at
         if len(shapes[name]) == 1:
             return torch.full(shapes[name], 0.0 if name.endswith(".bias") else 1.0, dtype=dtype, device=place)
-        made, at = torch.empty(shapes[name], dtype=dtype, device=place), (at + 12_345) % RANDOM_NUMBERS
+        made = torch.empty(shapes[name], dtype=dtype, device=place) if out is None else out
+        at = (at + 12_345) % RANDOM_NUMBERS
         flat, source = made.view(-1), row.roll(at)
         for start in range(0, flat.numel(), RANDOM_NUMBERS):
             part = flat[start : start + RANDOM_NUMBERS]
@@ -189,12 +192,6 @@ def random_model(
         return made
 
     return fill(model, read, dtype=dtype, scheme=Scheme(scheme) if isinstance(scheme, str) else scheme, fused=fused)
-
-
-class Read(Protocol):
-    """A tensor of a checkpoint by name; keep: it will be used as it is."""
-
-    def __call__(self, name: str, keep: bool = ...) -> Tensor | Quantised: ...
 
 
 def fill(model: Transformer, read: Read, *, dtype: torch.dtype, scheme: Scheme | None, fused: bool) -> Transformer:
@@ -309,6 +306,20 @@ def _map(file: Path) -> Tensor:
     """The bytes of a file, read when touched; private, so that nothing is ever written back."""
     size = file.stat().st_size
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)  # [bytes]
+
+
+def _read_into(out: Tensor, entry: Stored) -> Tensor:
+    """Fill a contiguous tensor with the bytes of its file."""
+    target = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.begin)
+        whole, done = memoryview(target), 0
+        while done < out.nbytes:  # at most 2 GiB at a time, says Linux
+            got = file.readinto(whole[done:])
+            if not got:
+                raise CheckpointError(f"{entry.file} ended while it was read: it has changed; load it again")
+            done += got
+    return out
 
 
 def _view(file: Tensor, entry: Stored) -> Tensor:

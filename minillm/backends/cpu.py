@@ -17,6 +17,7 @@ from . import native, reference
 
 LONGEST = 256  # tokens that attend together, at most ...
 MASK_BYTES = 8 << 20  # ... and so many fewer that the mask of who sees whom stays below this
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which says the sum of its softmax, too
 
 
 def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
@@ -27,7 +28,7 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
         q_far = None
     result = None if span.length == q.shape[2] else torch.zeros_like(q)  # [B, H, T, D]; padding gives zeros
     pieces = []
-    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span)):
+    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span, q_far)):
         queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
         if evict:
             evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
@@ -48,18 +49,26 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
 def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:
     """Queries q [B, H, n, D] of the tokens start..stop of a span over a layer's slots -> [B, H, n, D]."""
     positions = span.positions[:, start:stop]  # [B, n]
-    pins_far = layer.far and layer.flagged  # pinned tokens are seen from afar, and lie in any slot
-    if q.shape[2] == 1 and serves_decode(layer, q.dtype) and not pins_far:
-        window = layer.window if layer.window is not None else 1 << 31
-        sinks = layer.retention.sinks if layer.far else 0
-        reach = min(max(span.first) + stop, layer.retention.slots)
-        now = positions.contiguous()
-        return native.attend(
-            q, q_far, layer.keys, layer.values, layer.positions, now, reach=reach, window=window, sinks=sinks
-        )
-    if q.shape[2] == 1 or q_far is not None:
+    if q.shape[2] > 1 and not _pins_far(layer, q_far):
+        return attend_many(layer, q, span, start, stop, q_far)
+    if not serves_decode(layer, q.dtype) or _pins_far(layer, q_far):
         return reference.attend_slots(layer, q, positions, layer.reach(span, stop), q_far)
-    return attend_many(layer, q, span, start, stop)
+    return native.attend(
+        q,
+        q_far,
+        layer.keys,
+        layer.values,
+        layer.positions,
+        positions.contiguous(),
+        reach=min(max(span.first) + stop, layer.retention.slots),
+        window=layer.window if layer.window is not None else 1 << 31,
+        sinks=layer.retention.sinks if layer.far else 0,
+    )
+
+
+def _pins_far(layer: LayerCache, q_far: Tensor | None) -> bool:
+    """Whether pinned tokens are asked from afar: they lie in any slot, and only the reference looks for them."""
+    return layer.far and layer.flagged and q_far is not None
 
 
 def serves_decode(layer: LayerCache, dtype: torch.dtype) -> bool:
@@ -72,34 +81,53 @@ def fits_native(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype == torch.bfloat16 and head_dim % 32 == 0
 
 
-def query_block(layer: LayerCache, span: Span) -> int:
+def query_block(layer: LayerCache, span: Span, q_far: Tensor | None) -> int:
     """How many tokens attend together, so that their mask stays small: 2 bytes a slot, or 4 in every KV head."""
+    if _pins_far(layer, q_far):
+        return layer.query_block  # the reference's
     width = 2 if _in_order(layer, span) else 4 * layer.keys.shape[1]
     return max(1, min(LONGEST, MASK_BYTES // (len(span.first) * width * layer.retention.slots)))
 
 
-def attend_many(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int) -> Tensor:
+def attend_many(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:
     """The same for many queries, by torch's fused kernel, whose memory does not grow with the slots."""
     reach = layer.reach(span, stop)
     keys, values = layer.dense(reach, q.dtype)  # [B, Hkv, S, D] each
     if _in_order(layer, span):
         bias = _bias_in_order(layer, q, span, start, reach)  # [B, 1, n, S]: the same for every head
     else:
-        hidden = ~layer.can_see(span.positions[:, start:stop], reach)  # [B, Hkv, n, S]
+        hidden = ~layer.can_see(span.positions[:, start:stop], reach, max(span.first) + stop - 1)  # [B, Hkv, n, S]
         bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    sinks = 0 if q_far is None else layer.retention.sinks
+    sink_bias = bias[..., :sinks].clone()  # [B, 1 or Hkv, n, s]
+    bias[..., :sinks] = -torch.inf  # they have a query of their own
     rows = []
     for row in range(len(q)):  # query heads that share a KV head become the kernel's heads, the KV heads its batch
-        grouped = q[row].unflatten(0, (keys.shape[1], -1))  # [Hkv, G, n, D]
+        grouped, kv_heads = q[row].unflatten(0, (keys.shape[1], -1)), keys.shape[1]  # [Hkv, G, n, D]
         shared = (-1, grouped.shape[1], -1, -1)
-        rows.append(
-            F.scaled_dot_product_attention(
-                grouped,
-                keys[row].unsqueeze(1).expand(shared),
-                values[row].unsqueeze(1).expand(shared),
-                attn_mask=bias[row].unsqueeze(1).expand(keys.shape[1], grouped.shape[1], -1, -1),
-            ).flatten(0, 1)  # [H, n, D]
-        )
+        key, value = keys[row].unsqueeze(1).expand(shared), values[row].unsqueeze(1).expand(shared)  # [Hkv, G, S, D]
+        mask = bias[row].unsqueeze(1).expand(kv_heads, *shared[1:])  # [Hkv, G, n, S]
+        if q_far is None or not sinks:
+            attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+        else:
+            near, total = _FLASH(grouped, key, value, attn_mask=mask)  # [Hkv, G, n, D], [Hkv, G, n] log of the sum
+            distant = q_far[row].unflatten(0, (kv_heads, -1))  # [Hkv, G, n, D]
+            total[..., : max(0, sinks - span.first[row] - start)] = -torch.inf  # sinks themselves see nothing near
+            of_sinks = keys[row, :, None, :sinks], values[row, :, None, :sinks], sink_bias[row].unsqueeze(1)
+            attended = _with_sinks(near, total, distant, *of_sinks)
+        rows.append(attended.flatten(0, 1))  # [H, n, D]
     return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
+def _with_sinks(near: Tensor, total: Tensor, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention [Hkv, G, n, D] with the logarithm of its softmax's sum [Hkv, G, n], and a few more keys and values
+    [Hkv, 1, s, D] that are asked with q [Hkv, G, n, D] under a bias [Hkv or 1, 1, n, s]: both as one softmax.
+    """
+    scores = (q @ keys.transpose(2, 3)).to(total.dtype) * q.shape[3] ** -0.5 + bias  # [Hkv, G, n, s]
+    sinks = torch.logsumexp(scores, 3)  # [Hkv, G, n]
+    weights = (scores - torch.logaddexp(sinks, total).unsqueeze(3)).exp()  # [Hkv, G, n, s], of the whole softmax
+    share = torch.sigmoid(total - sinks).unsqueeze(3)  # of what is near
+    return near * share.to(near.dtype) + weights.to(near.dtype) @ values  # type: ignore[no-any-return]
 
 
 def _in_order(layer: LayerCache, span: Span) -> bool:
