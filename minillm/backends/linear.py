@@ -186,9 +186,10 @@ class Int4NativeLinear(Linear):
         self.codes, self.scales = native.pack_int4(weight)
 
     def product(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= native.MOST_ROWS:
+        by_amx = native.has_amx() and self.out_features % 32 == 0
+        if x.shape[0] <= (native.MOST_ROWS // 2 if by_amx else native.MOST_ROWS):
             y = native.int4_linear(x.contiguous(), self.codes, self.scales)  # [M, N]
-        elif native.has_amx() and self.out_features % 32 == 0:
+        elif by_amx:
             y = native.int4_many(x.contiguous(), self.codes, self.scales)
         else:
             y = x.new_empty(x.shape[0], self.out_features)
