@@ -50,7 +50,8 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention = layer.self_attn
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        # By the names of a checkpoint, which the loader follows.
+        self.self_attn = nn.ModuleDict({"q_norm": attention.q_norm, "k_norm": attention.k_norm})
         self.attend: Attend = cpu.attend_
         self.normalises = not isinstance(attention.q_norm, nn.Identity)
         self.head_dim = attention.head_dim
@@ -65,8 +66,8 @@ class FusedLayer(nn.Module):
         turning, kv = self.heads + self.kv_heads, self.kv_heads
         turning_heads = joined[:, :, :turning]  # [B, T, H + Hkv, D]
         if self.normalises:
-            q, k = self.q_norm(joined[:, :, : self.heads]), self.k_norm(joined[:, :, self.heads : turning])
-            turning_heads = torch.cat((q, k), 2)
+            q, k = joined[:, :, : self.heads], joined[:, :, self.heads : turning]
+            turning_heads = torch.cat((self.self_attn["q_norm"](q), self.self_attn["k_norm"](k)), 2)
         turned = cpu.rotate(turning_heads, *rotation)  # [B, H + Hkv, T, D]
         q_far = None if far_rotation is None else cpu.rotate(turning_heads[:, :, : self.heads], *far_rotation)
         v = joined[:, :, turning:].transpose(1, 2)  # [B, Hkv, T, D]

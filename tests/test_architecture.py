@@ -45,7 +45,7 @@ FLOORS = (
     ("planner",),
     ("hub", "engine"),
     ("checkpoint", "results", "stream", "saved", "session"),
-    ("llm",),
+    ("llm", "shapes", "breakdown", "bench"),
     ("conversation",),
     ("",),  # minillm/__init__.py
     ("cli", "server", "lab"),
@@ -55,7 +55,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
-USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store", "minillm.memory", "minillm.cores"}  # /proc
+USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store", "minillm.memory", "minillm.cores", "minillm.bench"}  # /proc
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(
     r"os\.(remove|unlink|rename|replace|mkdir|makedirs|listdir|scandir|walk|stat)|(shutil|tempfile|mmap)\.\w+"

@@ -148,7 +148,8 @@ class DenseLinear(Linear):
         y = x.new_empty(x.shape[0], self.out_features)  # [M, N]
         for start, stop in blocks(self.out_features, self.in_features, DENSE_NUMBERS):
             part = Quantised(self.weight.codes[start:stop], self.weight.scales[start:stop])
-            if part.bits == 8:  # whole numbers are exact in bfloat16, and the scale of a row can wait
+            # Whole numbers are exact in bfloat16, and the scale of a row can wait; float16 would overflow.
+            if part.bits == 8 and x.dtype != torch.float16:
                 y[:, start:stop] = F.linear(x, part.codes.to(x.dtype)) * part.scales.to(x.dtype).flatten()
             else:
                 y[:, start:stop] = F.linear(x, part.dense(x.dtype))

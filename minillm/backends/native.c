@@ -38,6 +38,7 @@ INLINE __m512bh load32(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); 
 
 // e^x to about 2 units of float32's last place; x <= 0 here, and below -87 it is 0.
 INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-105.0f), x); // far below, the polynomial would overflow; NaN stays NaN
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -607,8 +608,9 @@ KERNEL void minillm_attend(const bf16 *q, int64_t q_stride, const bf16 *far, int
         const bf16 *from_far = far ? far + row * far_stride + query * dim : far;
         // the parts of one cut lie together: [rows, kv_heads, pieces, cuts] x up to 8 heads
         float *part = parts + ((kv * group + head) * cuts + cut * count) * stride;
-        attend_heads(q + row * q_stride + query * dim, from_far, far && cut == 0 ? sinks : 0, count, keys + at * dim, values + at * dim,
-                     positions + at, many, dim, view, part, amx);
+        int64_t asked = far && sinks > first ? sinks - first : 0;
+        attend_heads(q + row * q_stride + query * dim, from_far, asked, count, keys + at * dim, values + at * dim, positions + at, many, dim,
+                     view, part, amx);
     }
     for (int64_t item = 0; item < rows * heads; item++) {
         int64_t kv = item / group, g = item % group, head = g / MOST_GROUP * MOST_GROUP;

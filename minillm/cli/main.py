@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "trace",
     "plan",
+    "bench",
     "pull",
     "quantize",
     "tokens",

@@ -1,0 +1,250 @@
+"""How fast this machine reads prompts and decodes, and where the time of a decode step goes.
+
+A case is a number of rows and a context.  In each round every case gets an empty cache, reads `context` random tokens
+in every row (prefill, up to the likeliest next token) and then decodes `tokens` greedy ones, a step for all rows at a
+time; then memory alone is read.  Rounds are interleaved, so that a busy moment hits every case.  What is reported are
+medians over rounds, but the best of memory, which others can only slow down.  A round before these warms up and is not
+counted; in it steps are taken apart (breakdown.py), and the peak of memory is noted.
+
+This module prints nothing, and must not know options (cli/bench.py).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+
+from .backends.linear import Linear
+from .breakdown import now, shares, watched
+from .budget import CachePlan
+from .cache import KVCache
+from .generate import feed, flags_of
+from .memory import held, trim
+from .model import RMSNorm, Transformer
+
+BUFFERS, BUFFER_NUMBERS = 8, 1 << 24  # float32: 512 MiB, read in turn, so that caches hold little of what comes next
+UNWATCHED = 2  # decode steps before the watched ones: the first of a kind is slow
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rows` sequences that each decode after `context` tokens, in a cache as planned."""
+
+    rows: int
+    context: int
+    plan: CachePlan
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came of a case.  token_s: seconds of a decode step, which gives every row a token; tokens are of all rows.
+
+    read_bytes: what a step has to read (weights once, and the keys and values that are live); of_bandwidth: how fast
+    that was, as a share of the fastest that this memory was seen to be read.  shares: of a step's time, by part.
+    """
+
+    rows: int
+    context: int
+    slots: int
+    cache_bytes: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    token_s: float
+    token_p95_s: float
+    read_bytes: int
+    read_bytes_per_s: float
+    of_bandwidth: float
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RowsCost:
+    """How much longer a step of `rows` takes than one of `than` rows, at one context: the median over rounds."""
+
+    context: int
+    rows: int
+    than: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """bandwidth: bytes per second, see read_bandwidth.  peak: bytes the process held at most, without its buffers."""
+
+    cases: list[Figures]
+    rows_cost: list[RowsCost]
+    weight_bytes: int
+    bandwidth: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One case, once: seconds of the prompt and of every step, and the bytes that a step had to read."""
+
+    prefill: float
+    steps: list[float]
+    read: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, and how it is measured."""
+
+    model: Transformer
+    tokens: int = 32
+    rounds: int = 3
+    chunk: int = 256
+    seed: int = 0
+
+    @torch.inference_mode()
+    def run(self, cases: Sequence[Case], progress: Callable[[int, int], None] = lambda done, total: None) -> Report:  # noqa: ARG005
+        """Measure every case; progress(tokens done, tokens in all) follows."""
+        tokens = [case.rows * (case.context + self.tokens) for case in cases]
+        done, total = 0, sum(tokens) * (self.rounds + 1)
+        found, bandwidths = [list[Round]() for _ in cases], list[float]()
+
+        def follow(index: int) -> None:
+            nonlocal done
+            done += tokens[index]
+            progress(done, total)
+
+        parts = []
+        for index, case in enumerate(cases):
+            parts.append(self._take_apart(case))
+            follow(index)
+        peak = held(self.device).peak  # before anything is read that is not the model's
+        for _ in range(self.rounds):
+            for index, case in enumerate(cases):
+                found[index].append(self._round(case))
+                bandwidths.append(read_bandwidth(self.device))
+                follow(index)
+        figures = [_figures(*measured, max(bandwidths)) for measured in zip(cases, found, parts, strict=True)]
+        return Report(figures, _rows_cost(cases, found), weight_bytes(self.model), max(bandwidths), peak)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.model.embed_tokens.weight.device
+
+    def _round(self, case: Case) -> Round:
+        cache, last, seconds = self._prefill(case)
+        before = live_bytes(cache)
+        steps = [layers + head for layers, head in self._decode(cache, last, self.tokens)]
+        embedded = case.rows * self.model.model.embed_tokens.weight[0].nbytes
+        return Round(seconds, steps, weight_bytes(self.model) + embedded + fmean((before, live_bytes(cache))))
+
+    def _prefill(self, case: Case) -> tuple[KVCache, Tensor, float]:
+        """A cache that has read a prompt, the likeliest next token of every row [B, 1], and seconds."""
+        cache, vocabulary = case.plan.allocate(self.device), self.model.config.vocab_size
+        if case.plan.policy.needs_kinds:
+            cache.kinds = torch.zeros(vocabulary, dtype=torch.uint8)  # no token is special
+        drawn = torch.Generator().manual_seed(self.seed)
+        prompt = torch.randint(vocabulary, (case.rows, case.context), generator=drawn, dtype=torch.int32)  # [B, n]
+        begin = now(self.device)
+        for _, hidden in feed(self.model, cache, prompt, self.chunk):
+            last = hidden[:, -1]  # [B, hidden]
+        token = self.model.logits(last).argmax(-1, keepdim=True)  # [B, 1]
+        return cache, token, now(self.device) - begin
+
+    def _decode(self, cache: KVCache, token: Tensor, count: int) -> list[tuple[float, float]]:
+        """`count` steps after `token` [B, 1]: seconds of the layers and of the output projection of each."""
+        steps = []
+        for _ in range(count):
+            begin = now(self.device)
+            span = cache.append(1, flags=flags_of(cache, token.cpu()))
+            last = self.model(token, span, cache)[:, -1]  # [B, hidden]
+            middle = now(self.device)
+            token = self.model.logits(last).argmax(-1, keepdim=True)  # [B, 1]
+            steps.append((middle - begin, now(self.device) - middle))
+        return steps
+
+    def _take_apart(self, case: Case) -> dict[str, float]:
+        """Shares of the time of a decode step, see breakdown.py."""
+        trim()  # what the case before has left
+        cache, token, _ = self._prefill(case)
+        unwatched = min(UNWATCHED, self.tokens - 1)
+        self._decode(cache, token, unwatched)
+        with watched(self.model) as spent:
+            steps = self._decode(cache, token, self.tokens - unwatched)
+        return shares(spent, steps, cache)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of weights, as they are kept, that every step reads: all but the embedding, unless it is the output."""
+    total = 0 if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
+    for module in model.modules():
+        if isinstance(module, Linear):
+            total += module.nbytes + (0 if module.bias is None else module.bias.nbytes)
+        elif isinstance(module, (nn.Linear, RMSNorm)):
+            total += sum(parameter.nbytes for parameter in module.parameters())
+    return total
+
+
+def live_bytes(cache: KVCache) -> int:
+    """Bytes of the keys and values, as they are stored, that the last token of every row sees."""
+    layer = cache.layers[0]
+    slot = sum(part[0, 0, 0].nbytes for part in (layer.keys, layer.values, layer.scales) if part is not None)
+    return slot * sum(int(cache.live(row).sum()) for row in range(cache.rows))
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which all threads together read memory: the best of two ways and three passes.
+
+    Whoever's caches hold more than the buffers, or a model that is smaller than its caches, can be faster.
+    """
+    buffers = [torch.ones(BUFFER_NUMBERS, device=device) for _ in range(BUFFERS)]
+    once, best = torch.ones(1 << 12, device=device), math.inf
+    ways: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, lambda buffer: buffer.view(-1, len(once)).mv(once))
+    for way in ways * 3:
+        begin = now(device)
+        for buffer in buffers:
+            way(buffer)
+        best = min(best, now(device) - begin)
+    return sum(buffer.nbytes for buffer in buffers) / best
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth: float) -> Figures:
+    steps = sorted(step for measured in rounds for step in measured.steps)
+    speed = median(measured.read / fmean(measured.steps) for measured in rounds)  # bytes per second
+    return Figures(
+        case.rows,
+        case.context,
+        case.plan.slots,
+        case.plan.nbytes,
+        prefill_tokens_per_s=median(case.rows * case.context / measured.prefill for measured in rounds),
+        decode_tokens_per_s=median(case.rows / fmean(measured.steps) for measured in rounds),
+        token_s=median(steps),
+        token_p95_s=steps[math.ceil(0.95 * len(steps)) - 1],
+        read_bytes=round(rounds[0].read),
+        read_bytes_per_s=speed,
+        of_bandwidth=speed / bandwidth,
+        shares=parts,
+    )
+
+
+def _rows_cost(cases: Sequence[Case], found: list[list[Round]]) -> list[RowsCost]:
+    """Every case beside the one of the same context with the fewest rows, round by round."""
+    costs, measured = [], {(case.context, case.rows): rounds for case, rounds in zip(cases, found, strict=True)}
+    for (context, rows), rounds in measured.items():
+        fewest = min(other for at, other in measured if at == context)
+        if rows > fewest:
+            pairs = zip(rounds, measured[context, fewest], strict=True)
+            ratio = median(median(many.steps) / median(few.steps) for many, few in pairs)
+            costs.append(RowsCost(context, rows, fewest, ratio))
+    return costs
