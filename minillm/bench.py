@@ -12,24 +12,22 @@ This module prints nothing, and must not know options (cli/bench.py).
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
 
 from .backends.linear import Linear
-from .breakdown import now, shares, watched
+from .breakdown import shares, watched
 from .budget import CachePlan
 from .cache import KVCache
 from .generate import feed, flags_of
+from .machine import Others, now, read_bandwidth
 from .memory import held, trim
 from .model import RMSNorm, Transformer
 
-BUFFERS, BUFFER_NUMBERS = 8, 1 << 24  # float32: 512 MiB, read in turn, so that caches hold little of what comes next
 UNWATCHED = 2  # decode steps before the watched ones: the first of a kind is slow
 
 
@@ -76,13 +74,17 @@ class RowsCost:
 
 @dataclass(frozen=True)
 class Report:
-    """bandwidth: bytes per second, see read_bandwidth.  peak: bytes the process held at most, without its buffers."""
+    """bandwidth: bytes per second, see read_bandwidth.  peak: bytes the process held at most, without its buffers.
+
+    others: cores that other processes had meanwhile, on average; None where the system does not tell.
+    """
 
     cases: list[Figures]
     rows_cost: list[RowsCost]
     weight_bytes: int
     bandwidth: float
     peak: int
+    others: float | None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Bench:
         """Measure every case; progress(tokens done, tokens in all) follows."""
         tokens = [case.rows * (case.context + self.tokens) for case in cases]
         done, total = 0, sum(tokens) * (self.rounds + 1)
-        found, bandwidths = [list[Round]() for _ in cases], list[float]()
+        found, bandwidths, others = [list[Round]() for _ in cases], list[float](), Others()
 
         def follow(index: int) -> None:
             nonlocal done
@@ -127,7 +129,8 @@ class Bench:
                 bandwidths.append(read_bandwidth(self.device))
                 follow(index)
         figures = [_figures(*measured, max(bandwidths)) for measured in zip(cases, found, parts, strict=True)]
-        return Report(figures, _rows_cost(cases, found), weight_bytes(self.model), max(bandwidths), peak)
+        costs, weights = _rows_cost(cases, found), weight_bytes(self.model)
+        return Report(figures, costs, weights, max(bandwidths), peak, others.cores())
 
     @property
     def device(self) -> torch.device:
@@ -193,30 +196,6 @@ def live_bytes(cache: KVCache) -> int:
     layer = cache.layers[0]
     slot = sum(part[0, 0, 0].nbytes for part in (layer.keys, layer.values, layer.scales) if part is not None)
     return slot * sum(int(cache.live(row).sum()) for row in range(cache.rows))
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which all threads together read memory: the best of two ways and three passes.
-
-    Whoever's caches hold more than the buffers, or a model that is smaller than its caches, can be faster.
-    """
-    buffers = [torch.ones(BUFFER_NUMBERS, device=device) for _ in range(BUFFERS)]
-    once, best = torch.ones(1 << 12, device=device), math.inf
-    ways: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, lambda buffer: buffer.view(-1, len(once)).mv(once))
-    for way in ways * 3:
-        begin = now(device)
-        for buffer in buffers:
-            way(buffer)
-        best = min(best, now(device) - begin)
-    return sum(buffer.nbytes for buffer in buffers) / best
-
-
-def cpu_name() -> str:
-    """What the processor calls itself, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth: float) -> Figures:

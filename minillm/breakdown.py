@@ -12,7 +12,6 @@ Watching costs time, so what is watched here is timed by nobody else (bench.py).
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from .backends.linear import Linear
 from .cache import KVCache
 from .eviction import evict_
 from .fused import FusedLayer
+from .machine import now
 from .model import Attend, Attention, Transformer
 from .slots import LayerCache, Span
 
@@ -115,9 +115,3 @@ def eviction_seconds(layer: LayerCache, seen: int, query: Tensor, key: Tensor) -
         evict_(layer, query, key, at, settle=False)
         times.append(now(query.device) - begin)
     return median(times)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told to do."""
-    torch.get_device_module(device).synchronize()
-    return time.perf_counter()

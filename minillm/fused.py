@@ -62,7 +62,22 @@ class FusedLayer(nn.Module):
         self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
     ) -> Tensor:
         norm, post = self.input_layernorm, self.post_attention_layernorm
-        joined = self.qkv(cpu.rms_norm(x, norm.weight, norm.eps)).unflatten(2, (-1, self.head_dim))
+        rows = x.flatten(0, 1)  # [B * T, hidden], a view: what is added to it is added to x
+        qkv = self.qkv(cpu.rms_norm(rows, norm.weight, norm.eps))  # [B * T, (H + 2 Hkv) * D]
+        y = None
+        if self.attend is cpu.attend_ and not self.normalises:  # nobody listens, and keys are as they are
+            y = cpu.step_(cache, qkv, self.heads, rotation, far_rotation, span)  # [B, H * D]
+        if y is None:
+            y = self._attend(qkv.unflatten(0, x.shape[:2]), rotation, far_rotation, span, cache)  # [B * T, H * D]
+        y = self.gate_up(cpu.rms_norm(rows, post.weight, post.eps, delta=self.o(y)))  # x has grown by what o gave
+        rows.add_(self.down(cpu.gated(y)))
+        return x
+
+    def _attend(
+        self, qkv: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
+    ) -> Tensor:
+        """qkv [B, T, (H + 2 Hkv) * D] -> [B * T, H * D]."""
+        joined = qkv.unflatten(2, (-1, self.head_dim))  # [B, T, H + 2 Hkv, D]
         turning, kv = self.heads + self.kv_heads, self.kv_heads
         turning_heads = joined[:, :, :turning]  # [B, T, H + Hkv, D]
         if self.normalises:
@@ -72,9 +87,7 @@ class FusedLayer(nn.Module):
         q_far = None if far_rotation is None else cpu.rotate(turning_heads[:, :, : self.heads], *far_rotation)
         v = joined[:, :, turning:].transpose(1, 2)  # [B, Hkv, T, D]
         y = self.attend(cache, turned[:, :-kv], turned[:, -kv:], v, span, q_far)  # [B, H, T, D]
-        y = self.o(y.transpose(1, 2).flatten(2))  # [B, T, hidden]
-        y = self.gate_up(cpu.rms_norm(x, post.weight, post.eps, delta=y))  # x has grown by y
-        return x.add_(self.down(cpu.gated(y)))
+        return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @dataclass(frozen=True)

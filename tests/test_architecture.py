@@ -31,6 +31,7 @@ FLOORS = (
         "headers",
         "layer_budget",
         "lsh",
+        "machine",
         "memory",
         "sampling",
         "text",
@@ -55,7 +56,8 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
-USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store", "minillm.memory", "minillm.cores", "minillm.bench"}  # /proc
+USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store"}
+USERS_FILES |= {"minillm.memory", "minillm.cores", "minillm.machine"}  # /proc
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(
     r"os\.(remove|unlink|rename|replace|mkdir|makedirs|listdir|scandir|walk|stat)|(shutil|tempfile|mmap)\.\w+"

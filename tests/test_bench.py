@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from minillm import bench as measuring
+from minillm import machine
 from minillm.backends.linear import Linear
 from minillm.bench import Bench, Case, live_bytes, weight_bytes
 from minillm.breakdown import Spent, shares, watched
@@ -20,6 +21,7 @@ from minillm.config import ModelConfig
 from minillm.hub import ALIASES
 from minillm.inventory import weights_of
 from minillm.loader import random_model
+from minillm.machine import Others, cpu_name
 from minillm.model import Transformer
 from minillm.shapes import SHAPES, Shape, shape_config
 
@@ -46,8 +48,8 @@ PARAMETERS = {
 
 @pytest.fixture
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "BUFFERS", 1)
-    monkeypatch.setattr(measuring, "BUFFER_NUMBERS", 1 << 20)
+    monkeypatch.setattr(machine, "BUFFERS", 1)
+    monkeypatch.setattr(machine, "BUFFER_NUMBERS", 1 << 20)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -234,3 +236,11 @@ def test_a_shape_is_planned_like_a_checkpoint(tmp_path: Path, monkeypatch: pytes
     memory = shape.memory_plan(shape.plan(budget=64, context=256))
     assert memory.parts["weights"] == shape.weight_bytes()
     assert memory.parts["base"] > 0
+
+
+def test_the_machine_has_a_name_and_knows_who_is_busy() -> None:
+    assert cpu_name()
+    others = Others()
+    sum(range(1 << 20))
+    cores = others.cores()
+    assert cores is None or 0 <= cores <= (os.cpu_count() or 1) + 1

@@ -272,21 +272,14 @@ def test_rows_in_different_phases(exact: bool, mode: PositionMode) -> None:
 
 # --- past the trained length: sinks and pins are asked from afar ------------------------------------------------------
 
-ACAUSAL = pytest.mark.xfail(
-    strict=True,
-    reason="cpu._bias_in_order shows sinks to tokens before them where a stretch from among them leaves the window",
-)
-
 
 @pytest.mark.parametrize(
     ("slots", "sinks", "chunk"),
     [
         *((32, 3, chunk) for chunk in (1, 7, 64, 1000)),
         *((64, 0, chunk) for chunk in (1, 64, 1000)),
-        *((64, 3, chunk) for chunk in (1, 7, 40, 1000)),
-        pytest.param(64, 3, 64, marks=ACAUSAL),
-        *((60, 40, chunk) for chunk in (1, 1000)),
-        pytest.param(60, 40, 7, marks=ACAUSAL),
+        *((64, 3, chunk) for chunk in (1, 7, 40, 64, 1000)),
+        *((60, 40, chunk) for chunk in (1, 7, 1000)),
     ],
 )
 def test_past_the_trained_length(slots: int, sinks: int, chunk: int) -> None:
@@ -304,7 +297,6 @@ def test_past_the_trained_length(slots: int, sinks: int, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("length", [46, 48, pytest.param(50, id="50: with far queries")])
-@ACAUSAL
 def test_a_stretch_longer_than_the_window_shows_no_token_the_sinks_after_it(length: int) -> None:
     config = heads(4, 2, 32, max_position_embeddings=TRAINED)
     fused = fuse(random_model(config, torch.float64))
@@ -386,20 +378,7 @@ def test_attention_has_the_results_and_the_effects_of_the_reference(
     assert caches[1].seen == [108, 108]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "of the model",
-        pytest.param(
-            "contiguous",
-            marks=pytest.mark.xfail(
-                native.missing() is None,
-                strict=True,
-                reason="native.attend takes the heads of a query to lie side by side, and checks nothing",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("layout", ["of the model", "contiguous"])
 def test_a_stretch_of_one_token_in_a_longer_span(layout: str) -> None:
     """Every token evicts: the stretches of a chunk are single tokens, whose heads may lie apart."""
     config, dice = heads(6, 2, 64, num_hidden_layers=1), torch.Generator().manual_seed(0)

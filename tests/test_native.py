@@ -16,14 +16,17 @@ from torch.nn import functional as F
 
 from minillm import quant
 from minillm.backends import cpu, linear, native
+from minillm.cache import KVCache
 from minillm.cli.main import main
 from minillm.eviction import Retention
 from minillm.model import rope
+from minillm.policies import make_policy
 from minillm.quant import GROUP, Quantised, Scheme
 
 from .conftest import ROOT
 from .helpers import run
 from .test_cpu_backend import SHAPES, cache_of, distance, fuse, random_model, run_mixed, tokens_of
+from .test_cpu_backend import heads as shape_of
 
 sys.path.insert(0, str(ROOT / "tools"))
 from build_native import SOURCE, build
@@ -337,6 +340,63 @@ def test_round_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((theirs != codes).float().mean()) < 0.02
 
 
+# --- a whole step -----------------------------------------------------------------------------------------------------
+
+
+def stepped(
+    *, rows: int, heads: int, kv_heads: int, dim: int, slots: int, now: tuple[int, ...], sinks: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """By `native.step`, and by `rotate`, `write_` and `attend`: both results [B, H * D], and what both caches hold."""
+    config = shape_of(heads, kv_heads, dim, max_position_embeddings=200)
+    caches = []
+    for _ in range(2):
+        cache = KVCache(
+            config, make_policy("window"), Retention(slots, sinks, 5, 4), rows=rows, dtype=BF16, position_mode="window"
+        )
+        layer = cache.layers[0]
+        for name, seed in (("keys", 1), ("values", 2)):
+            layer.tensors()[name].copy_(random(*layer.keys.shape, seed=seed))
+        layer.free.copy_(torch.tensor([7, 11, 2 + sinks, 20]))
+        for row, at in enumerate(now):
+            layer.positions[row].copy_(torch.arange(slots).where(torch.arange(slots) < at, torch.tensor(-1)))
+        cache.seen = list(now)
+        caches.append(cache)
+    qkv = random(rows, (heads + 2 * kv_heads) * dim, seed=3)
+    near, far = ((random(rows, 1, 1, dim, seed=seed), random(rows, 1, 1, dim, seed=seed + 1)) for seed in (4, 6))
+    spans = [cache.append(1) for cache in caches]
+    mine, theirs = (cache.layers[0] for cache in caches)
+    reach = min(max(now) + 1, slots)
+    one = native.step(qkv, near, far, mine, spans[0].positions, heads=heads, reach=reach)
+    joined = qkv.view(rows, 1, -1, dim)
+    turned = native.rotate(joined[:, :, : heads + kv_heads], *near)
+    q_far = native.rotate(joined[:, :, :heads], *far)
+    theirs.write_(turned[:, heads:], joined[:, :, heads + kv_heads :].transpose(1, 2), spans[1], 0, 1)
+    window = theirs.window
+    assert window is not None
+    two = native.attend(
+        turned[:, :heads],
+        q_far,
+        theirs.keys,
+        theirs.values,
+        theirs.positions,
+        spans[1].positions,
+        reach=reach,
+        window=window,
+        sinks=sinks,
+    )
+    tensors = [layer.tensors()[name] for layer in (mine, theirs) for name in ("keys", "values", "positions")]
+    return one, two.flatten(1), tensors
+
+
+@needs_native
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (12, 2, 64), (8, 8, 128), (3, 1, 96)])
+@pytest.mark.parametrize("now", [(5, 0), (310, 40), (299, 300), (303, 301)])
+def test_a_step_is_rotate_write_and_attend(heads: int, kv_heads: int, dim: int, now: tuple[int, int]) -> None:
+    one, two, tensors = stepped(rows=2, heads=heads, kv_heads=kv_heads, dim=dim, slots=300, now=now, sinks=2)
+    assert torch.equal(one, two)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors[:3], tensors[3:], strict=True))
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
@@ -361,8 +421,13 @@ def _int4(rows: int) -> Tensor:
     return linear.Int4NativeLinear(_quantised(4), None).product(random(rows, 96))
 
 
+def _step() -> Tensor:
+    return stepped(rows=2, heads=12, kv_heads=2, dim=64, slots=300, now=(310, 40), sinks=3)[0]
+
+
 THREADED: dict[str, Callable[[], Tensor]] = {
     "attend": _attend,
+    "step": _step,
     "rms_norm": _norm,
     "gated": lambda: native.gated(random(33, 64)),
     "rotate": _rotate,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..eviction import evict_
 from ..slots import LayerCache, Span
 from . import native, reference
+from .native import Rotation
 
 LONGEST = 256  # tokens that attend together, at most ...
 MASK_BYTES = 8 << 20  # ... and so many fewer that the mask of who sees whom stays below this
@@ -44,6 +45,20 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
     if result is None:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return result
+
+
+def step_(
+    layer: LayerCache, qkv: Tensor, heads: int, rotation: Rotation, far: Rotation | None, span: Span
+) -> Tensor | None:
+    """A decode step in one call: qkv [B, (H + 2 Hkv) * D] -> [B, H * D], as `rotate` and `attend_` would, if it is one
+    that native.c can do whole: one token a row, of which none pushes out another or is watched.
+    """
+    policy = layer.policy
+    whole = span.positions.shape[1] == 1 and not (layer.flagged or policy.needs_attention or policy.needs_queries)
+    if not whole or any(map(layer.is_due, span.first)) or not serves_decode(layer, qkv.dtype):
+        return None
+    reach = min(max(span.first) + 1, layer.retention.slots)
+    return native.step(qkv, rotation, far if layer.far else None, layer, span.positions, heads=heads, reach=reach)
 
 
 def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:
@@ -142,9 +157,10 @@ def _bias_in_order(layer: LayerCache, q: Tensor, span: Span, start: int, reach: 
         at = first + start
         later = q.new_full((q.shape[2], reach), -torch.inf).triu_(at + 1)  # s > position
         if layer.window is not None and at + q.shape[2] > layer.window:
-            later += torch.full_like(later, -torch.inf).tril_(at - layer.window)  # s <= position - window
+            past = torch.full_like(later, -torch.inf).tril_(at - layer.window)  # s <= position - window
             if layer.far:
-                later[:, : layer.retention.sinks] = 0
+                past[:, : layer.retention.sinks] = 0
+            later += past
         rows.append(later)
     return torch.stack(rows).unsqueeze(1)
 

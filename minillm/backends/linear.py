@@ -59,7 +59,13 @@ class Linear(nn.Module):
         self.out_features, self.in_features = shape
         self.bias = bias
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """`forward`, and the hooks of torch's modules only where there are any: looking for them takes microseconds."""
+        return super().__call__(x) if self._forward_hooks or self._forward_pre_hooks else self.forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return self.product(x)
         y = self.product(x.reshape(-1, self.in_features))  # [M, N]
         return y.view(*x.shape[:-1], self.out_features)
 

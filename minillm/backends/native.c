@@ -634,6 +634,44 @@ KERNEL void minillm_attend(const bf16 *q, int64_t q_stride, const bf16 *far, int
     }
 }
 
+// ---- one token per row, from its projections to what it attends to ----
+
+INLINE void rotate_head(const bf16 *head, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < dim; i += 16) {
+        __m512 turned = _mm512_mul_ps(load16(head + (i < half ? i + half : i - half)), load16(sin + i));
+        store16(out + i, _mm512_fmadd_ps(load16(head + i), load16(cos + i), turned));
+    }
+}
+
+// qkv [rows, heads + 2 kv_heads, dim] of tokens at positions now[row]: turns queries and keys by cos and sin [rows, dim],
+// writes key, value and position into the slot where they belong - the position itself while there are slots, then those
+// that the last eviction freed, free [rows, kv_heads, every] - and attends, see minillm_attend.
+// queries: scratch, rows * heads * dim, twice that where far_cos and far_sin turn the queries for sinks.
+KERNEL void minillm_step(const bf16 *qkv, const bf16 *cos, const bf16 *sin, const bf16 *far_cos, const bf16 *far_sin, bf16 *keys, bf16 *values,
+                         int32_t *positions, const int64_t *free, bf16 *queries, bf16 *out, float *parts, const int64_t *now, int64_t window,
+                         int64_t sinks, int64_t rows, int64_t heads, int64_t kv_heads, int64_t slots, int64_t every, int64_t reach, int64_t dim,
+                         int64_t amx) {
+    bf16 *far = far_cos ? queries + rows * heads * dim : NULL;
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *token = qkv + row * (heads + 2 * kv_heads) * dim;
+        for (int64_t h = 0; h < heads; h++) {
+            rotate_head(token + h * dim, cos + row * dim, sin + row * dim, queries + (row * heads + h) * dim, dim);
+            if (far) rotate_head(token + h * dim, far_cos + row * dim, far_sin + row * dim, far + (row * heads + h) * dim, dim);
+        }
+        for (int64_t kv = 0; kv < kv_heads; kv++) {
+            int64_t head = row * kv_heads + kv;
+            int64_t slot = now[row] < slots ? now[row] : free[head * every + (now[row] - slots) % every];
+            int64_t at = head * slots + slot;
+            rotate_head(token + (heads + kv) * dim, cos + row * dim, sin + row * dim, keys + at * dim, dim);
+            memcpy(values + at * dim, token + (heads + kv_heads + kv) * dim, dim * sizeof(bf16));
+            positions[at] = (int32_t)now[row];
+        }
+    }
+    minillm_attend(queries, heads * dim, far, heads * dim, keys, values, positions, out, parts, now, window, sinks, rows, heads, kv_heads, slots,
+                   reach, dim, amx);
+}
+
 // ---- around the linear layers ----
 
 // x [rows, size] += delta (where there is one); y = x / sqrt(mean(x^2) + eps) * weight.
@@ -672,15 +710,10 @@ KERNEL void minillm_gated(const bf16 *x, bf16 *y, int64_t rows, int64_t size) {
 
 // Turns the pairs (x[i], x[i + dim / 2]) of `heads` heads of x [tokens, stride]: y [tokens, heads, dim] = x cos + roll(x) sin.
 KERNEL void minillm_rotate(const bf16 *x, int64_t stride, const bf16 *cos, const bf16 *sin, bf16 *y, int64_t tokens, int64_t heads, int64_t dim) {
-    const int64_t half = dim / 2;
 #pragma omp parallel for schedule(static) if (tokens > 8)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t i = 0; i < dim; i += 16) {
-                const bf16 *head = x + t * stride + h * dim;
-                __m512 turned = _mm512_mul_ps(load16(head + (i < half ? i + half : i - half)), load16(sin + t * dim + i));
-                store16(y + (t * heads + h) * dim + i, _mm512_fmadd_ps(load16(head + i), load16(cos + t * dim + i), turned));
-            }
+            rotate_head(x + t * stride + h * dim, cos + t * dim, sin + t * dim, y + (t * heads + h) * dim, dim);
 }
 
 // codes [rows, size] = x / scale, rounded, with scale [rows] = the largest |x| of the row / 127.

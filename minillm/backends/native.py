@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..quant import GROUP, Bits, Quantised, shapes
+from ..slots import LayerCache
 
+Rotation = tuple[Tensor, Tensor]
 FILE = Path(__file__).with_name("_native.so")
 TILE = 16  # rows of 4-bit weights that lie together
 SLOTS_AT_ONCE = 256  # that a thread attends to
@@ -30,6 +32,7 @@ _ARGUMENTS = {  # p: a pointer, i: an int64, f: a float
     "int4_dense": "pppiii",
     "int4_many": "ppppppiii",
     "attend": "pipipppppp" + "iiiiiiiii",
+    "step": "ppppppppppppp" + "iiiiiiiiii",
     "rms_norm": "ppppiif",
     "gated": "ppii",
     "rotate": "pipppiii",
@@ -161,6 +164,8 @@ def attend(
     > now - window, and `sinks` from any distance; these are asked with `far` where it is given.
     """
     batch, heads, _, dim = q.shape
+    q = q if q.stride(1) == dim else q.contiguous()  # the heads of a row lie side by side
+    far = far if far is None or far.stride(1) == dim else far.contiguous()
     kv_heads, slots = keys.shape[1], keys.shape[2]
     out = q.new_empty(batch, heads, 1, dim)
     cuts = -(-reach // SLOTS_AT_ONCE)
@@ -182,6 +187,46 @@ def attend(
         heads,
         kv_heads,
         slots,
+        reach,
+        dim,
+        has_amx(),
+    )
+    return out
+
+
+def step(
+    qkv: Tensor, rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Tensor, *, heads: int, reach: int
+) -> Tensor:
+    """One token a row, from qkv [B, (H + 2 Hkv) * D] to what it attends to [B, H * D]: turned, written, attended.
+
+    rotation, far: cos and sin [B, 1, 1, D] for positions now [B, 1]; far: for what asks the sinks.  Nothing may be due
+    to be evicted.
+    """
+    rows, kv_heads, slots, dim = layer.keys.shape
+    queries = qkv.new_empty((1 if far is None else 2) * rows * heads * dim)
+    out = qkv.new_empty(rows, heads * dim)
+    parts = qkv.new_empty(rows * heads * -(-reach // SLOTS_AT_ONCE) * (dim + 2), dtype=torch.float32)
+    _function("step")(
+        qkv.data_ptr(),
+        rotation[0].data_ptr(),
+        rotation[1].data_ptr(),
+        None if far is None else far[0].data_ptr(),
+        None if far is None else far[1].data_ptr(),
+        layer.keys.data_ptr(),
+        layer.values.data_ptr(),
+        layer.positions.data_ptr(),
+        layer.free.data_ptr(),
+        queries.data_ptr(),
+        out.data_ptr(),
+        parts.data_ptr(),
+        now.data_ptr(),
+        1 << 31 if layer.window is None else layer.window,
+        layer.retention.sinks if layer.far else 0,
+        rows,
+        heads,
+        kv_heads,
+        slots,
+        layer.retention.evict_every,
         reach,
         dim,
         has_amx(),

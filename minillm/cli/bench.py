@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..bench import Case, Figures, Report
     from ..checkpoint import Checkpoint
 
+BUSY = 0.2  # cores that others may have before it is said
 COLUMNS: tuple[str, ...] = ("rows", "context", "slots", "prompt tok/s", "decode tok/s", "step ms", "p95 ms", "GB/s")
 COLUMNS += ("roofline", "linears", "attention", "hashing", "rest")
 
@@ -123,7 +124,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the figures depend on: model, precision, backend, machine, versions."""
     import torch
 
-    from ..bench import cpu_name
+    from ..machine import cpu_name
 
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     return {
@@ -148,12 +149,14 @@ def head(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['model']}: {size(facts['weight_bytes'])} of weights, read in every step; {precision}, "
         f"backend {facts['backend']}; cache in {cache['kv_dtype']}, policy {cache['policy']}, budget {cache['budget']}"
     )
-    threads = f"{facts['threads']} thread" + "s" * (facts["threads"] > 1)
+    threads, rounds = (
+        f"{facts[name]} {name.removesuffix('s')}{'s' * (facts[name] > 1)}" for name in ("threads", "rounds")
+    )
     yield (
         f"{facts['cpu']}, {threads}, {facts['kernels']}, device {facts['device']}; "
         f"minillm {versions['minillm']}, torch {versions['torch']}"
     )
-    yield f"{facts['rounds']} rounds of {facts['tokens']} decoded tokens; linears to rest: where a step's time went"
+    yield f"{rounds} of {facts['tokens']} decoded tokens; linears to rest: where a step's time went"
     yield ""
 
 
@@ -176,4 +179,6 @@ def remarks(facts: dict[str, Any], report: Report) -> Iterator[str]:
     for cost in report.rows_cost:
         than = f"{cost.than} row" + "s" * (cost.than > 1)
         yield f"after {cost.context:,} tokens a step of {cost.rows} rows takes {cost.ratio:.2f} times one of {than}"
+    if report.others is not None and report.others > BUSY:
+        yield f"other processes had {report.others:.1f} cores meanwhile: this is slower than the machine is when alone"
     yield f"memory planned {size(facts['planned_bytes'])}, peak {size(report.peak)}"
