@@ -18,6 +18,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from . import quant
+from .backends.linear import has_int4
 from .config import ModelConfig
 from .errors import CheckpointError
 from .fused import Fusion
@@ -120,12 +121,12 @@ def weights_of(
         check_fit(folder or Path(), model, stored)
         origin = "the headers of its files" if remote is None else "the hub's headers"
         kinds = {name: DTYPE_OF[entry.dtype] for name, entry in stored.items()}
-    quantised, replaced = 0, set()
+    quantised, replaced, zeros = 0, set(), fusion is not None and not has_int4(fusion.dtype)
     for module, linear in linear_layers(model) if scheme is not None else []:
-        quantised += _code_bytes(scheme, module, linear.out_features, linear.in_features)
+        quantised += _code_bytes(scheme, module, linear.out_features, linear.in_features, zeros)
         replaced.add(f"{module}.weight")
     if scheme is not None and config.tie_word_embeddings:  # the head is kept once more, see fused.py
-        quantised += _code_bytes(scheme, "lm_head", config.vocab_size, config.hidden_size)
+        quantised += _code_bytes(scheme, "lm_head", config.vocab_size, config.hidden_size, zeros)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     dtypes = {name: kinds.get(name, kinds.get(name.replace(".weight", ".codes"), default)) for name in sizes}
     largest = None
@@ -138,10 +139,12 @@ def weights_of(
     return Weights(kept, origin, quantised, largest)
 
 
-def _code_bytes(scheme: Scheme | None, module: str, rows: int, width: int) -> int:
+def _code_bytes(scheme: Scheme | None, module: str, rows: int, width: int, zeros: bool) -> int:
+    """Bytes of a linear layer; zeros: what torch's 4-bit operator wants beside every scale."""
     assert scheme is not None
     bits = scheme.bits(module, width)
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in quant.shapes(rows, width, bits).values())
+    parts = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in quant.shapes(rows, width, bits).items()}
+    return sum(parts.values()) + (parts["scales"] if zeros and bits == 4 else 0)
 
 
 def empty_model(config: ModelConfig) -> Transformer:

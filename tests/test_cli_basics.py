@@ -321,14 +321,19 @@ def test_pull_of_an_unknown_name_says_so(capsys: pytest.CaptureFixture[str]) -> 
 def test_info_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
+    from minillm.backends import native
+    from minillm.loader import cpu_has_bfloat16
+
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["devices"]["cpu"]["cores"] == os.cpu_count()
     assert len(facts["devices"]["cuda"]) == torch.cuda.device_count()
-    serving = [name for name, backend in facts["backends"].items() if "attention" in backend["serves"]]
-    assert serving == ["reference"]
-    assert all(backend["why"] for backend in facts["backends"].values())
+    serving = facts["backends"]
+    runs = native.missing() is None and cpu_has_bfloat16()
+    assert ("native.c" in serving["attention, one token"]) == runs
+    assert serving["native.c"] == "runs here" or serving["native.c"].startswith("does not run: ")
+    assert all(serving.values())
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"minillm {minillm.__version__}" in " ".join(text.split())

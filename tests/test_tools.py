@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +18,6 @@ TOOLS = Path(__file__).parents[1] / "tools"
 def run(tool: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOLS / tool), "--threads", "1", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_bench_eager_prints_a_cost_for_every_number_of_slots() -> None:
-    done = run("bench_eager.py", "--layers", "1", "--slots", "32", "64", "--tokens", "8")
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^ +(\d+) slots: window +([\d.]+) +hashevict +([\d.]+)", done.stdout, re.MULTILINE)
-    assert [int(slots) for slots, *_ in rows] == [32, 64]
-    assert all(float(cost) > 0 for _, *costs in rows for cost in costs)
 
 
 def test_policy_table_has_a_row_for_every_policy() -> None:

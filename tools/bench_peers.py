@@ -15,11 +15,11 @@ peers do.  Tokens per second are medians over rounds, and so are ratios, each of
 round; the smallest and the largest follow in brackets.
 
 Who is asked.  `minillm-*` and `transformers` (bfloat16, sdpa, its default cache) run in this python's environment.
-`llama-*` is llama.cpp by llama-cpp-python, built on this machine: its python (`--peers-python`) has that and
-`gguf`.  It reads GGUF files of random blocks that are written to `--folder` once, with the types that llama-quantize
-gives (q4_0 keeps its output matrix in q6_K), and keeps its cache in float16, its default.  Where gcc is 12 and the
-processor has AMX, build it with CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'": that compiler drops the
-configuration of the tiles, and the first batch of a quantised model ends in a segmentation fault.
+`llama-*` is llama.cpp by llama-cpp-python, built on this machine; its python (`--peers-python`) has that and `gguf`.
+It reads GGUF files of random blocks that are written to `--folder` once, with the types that llama-quantize gives (q4_0
+keeps its output matrix in q6_K), and keeps its cache in float16, its default.  Where gcc is 12 and the processor has
+AMX, build it with CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'": that compiler drops the configuration of the
+tiles, and the first batch of a quantised model ends in a segmentation fault.
 `gpt-fast` is model.py of a checkout (`--gpt-fast`) in bfloat16, eager, though it was made to be compiled.
 
 Other people's work.  A measurement is repeated, up to three times, if other processes (and the host, in stolen time)
@@ -416,6 +416,7 @@ def interview(workers: list[Worker], question: Question, watch: Watch, args: arg
             if isinstance(found[name], list):
                 answer = measure(*contenders[name], watch, args.patience)
                 found[name] = answer if "error" in answer else [*found[name], answer]
+                print(f"bench_peers: {name} {json.dumps(answer)}", file=sys.stderr, flush=True)
         order = order[1:] + order[:1]
     return found
 

@@ -53,7 +53,10 @@ def build(target: Path) -> str | None:
         compile_ = [*compiler, "-O3", "-fPIC", "-fopenmp", "-Wall", "-c", str(SOURCE), "-o", str(thing)]
         link = [*compiler, "-shared", str(thing), "-o", str(made), "-lm"]
         for command in (compile_, link):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except OSError as error:
+                return f"{command[0]} cannot be run ({error.strerror})"
             if done.returncode:
                 return f"{shlex.join(command)} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
         made.replace(target)

@@ -26,7 +26,7 @@ def make_linear(
     if weight.bits == 8:
         return Int8RoundedLinear(weight, bias) if rounds_activations and has_int8() else DenseLinear(weight, bias)
     rows, _ = weight.shape
-    if native.missing() is None and dtype == torch.bfloat16 and rows % native.TILE == 0:
+    if has_int4(dtype) and rows % native.TILE == 0:
         return Int4NativeLinear(weight, bias)
     return Int4Linear(weight, bias) if rows % 64 == 0 else DenseLinear(weight, bias)
 
@@ -44,6 +44,11 @@ def can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_int4(dtype: torch.dtype) -> bool:
+    """Whether native.c multiplies 4-bit weights; torch's operator keeps a zero beside each of their scales."""
+    return native.missing() is None and dtype == torch.bfloat16
 
 
 def has_int8() -> bool:
