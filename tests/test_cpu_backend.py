@@ -466,7 +466,7 @@ def test_every_family_is_loaded_alike(family: str, stored: torch.dtype, tmp_path
             assert seen == sorted(seen)
             assert seen[-1] == (total, total)
             assert {type(layer) for layer in model.model.layers} == {FusedLayer if backend == "cpu" else Layer}
-            logits[backend] = run_mixed(model, cache_of(model, "window", Retention.of(32)), tokens_of(60))
+            logits[backend] = run_mixed(model, cache_of(model, "window", Retention.of(16)), tokens_of(40))
         assert distance(logits["cpu"], logits["reference"]) < most
 
 
