@@ -100,7 +100,7 @@ def test_one_line_of_facts_before_and_one_after(run: Run, tiny: Path) -> None:
         r"prompt [\d,]+ tok/s",
         r"generation [\d,.]+ tok/s",
         r"first token \d+\.\d+ s",
-        r"memory planned \d+ MiB, peak \d+ MiB",
+        r"memory planned [\d.]+ [MG]iB, peak [\d.]+ [MG]iB",
     ):
         assert re.search(fact, after)
 
