@@ -134,14 +134,14 @@ def distance(found: Tensor, right: Tensor) -> float:
 
 @each_shape
 def test_every_shape_in_float64(config: ModelConfig) -> None:
-    """Three rows; one token at a time, by 7, by 64, and whole: always what the reference says of the whole."""
-    model, tokens, policy = random_model(config, torch.float64), tokens_of(75, rows=3), "hashevict"
+    """Two rows; one token at a time, by 7, by 64, and whole: always what the reference says of the whole."""
+    model, tokens, policy = random_model(config, torch.float64), tokens_of(68, rows=2), "hashevict"
     fused, retention = fuse(model), Retention.of(32, evict_every=3)
-    cache = cache_of(model, policy, retention, rows=3)
+    cache = cache_of(model, policy, retention, rows=2)
     expected = run(model, cache, tokens, 1000)
     assert expected.std() > 0.3, "flat logits would prove nothing"
     for chunk in (1, 7, 64, 1000):
-        ours = cache_of(model, policy, retention, rows=3)
+        ours = cache_of(model, policy, retention, rows=2)
         close(run(fused, ours, tokens, chunk), expected)
         assert kept_positions(ours) == kept_positions(cache)
 
@@ -150,7 +150,7 @@ def test_every_shape_in_float64(config: ModelConfig) -> None:
 @pytest.mark.parametrize(("policy", "slots"), [("full", 128), ("window", 32)])
 def test_every_shape_in_float32(policy: str, slots: int, config: ModelConfig) -> None:
     """Within 1e-5 of the largest logit, where no rounding can tip a choice."""
-    model, tokens, retention = random_model(config, torch.float32), tokens_of(80, rows=2), Retention.of(slots)
+    model, tokens, retention = random_model(config, torch.float32), tokens_of(64, rows=2), Retention.of(slots)
     caches = [cache_of(model, policy, retention, rows=2) for _ in range(2)]
     expected, found = (run_mixed(m, cache, tokens) for m, cache in zip((model, fuse(model)), caches, strict=True))
     assert kept_positions(caches[0]) == kept_positions(caches[1])
@@ -162,7 +162,7 @@ def test_every_shape_in_float32(policy: str, slots: int, config: ModelConfig) ->
 @pytest.mark.parametrize(("policy", "slots"), [("full", 128), ("window", 32)])
 def test_every_shape_in_bfloat16(policy: str, slots: int, config: ModelConfig) -> None:
     """As near to the same weights in float64 as the reference is in bfloat16, or nearly, and that is near."""
-    model, tokens, retention = random_model(config, torch.bfloat16), tokens_of(80, rows=2), Retention.of(slots)
+    model, tokens, retention = random_model(config, torch.bfloat16), tokens_of(64, rows=2), Retention.of(slots)
     exact = random_model(config, torch.bfloat16).double()
     right = run(exact, cache_of(exact, policy, retention, rows=2), tokens, 1000)
     theirs, ours = (
@@ -290,8 +290,9 @@ def test_past_the_trained_length(slots: int, sinks: int, chunk: int) -> None:
     theirs, ours = (cache_of(model, policy, retention, rows=2, mode="window") for _ in range(2))
     assert [layer.far for layer in ours.layers] == [True, False]
     expected = run(model, theirs, tokens, 1000)
-    absolute = run(model, cache_of(model, policy, retention, rows=2), tokens, 1000)
-    assert sinks == 0 or float((expected - absolute)[:, TRAINED + 5 :].abs().max()) > 0.1, "the mode would not matter"
+    if sinks and chunk == 1:
+        absolute = run(model, cache_of(model, policy, retention, rows=2), tokens, 1000)
+        assert float((expected - absolute)[:, TRAINED + 5 :].abs().max()) > 0.1, "the mode would not matter"
     close(run(fuse(model), ours, tokens, chunk), expected)
     assert kept_positions(ours) == kept_positions(theirs)
 
@@ -326,9 +327,8 @@ def test_pins(pins: Pins, chunk: int, mode: PositionMode) -> None:
         model = random_model(heads(4, 2, 32, max_position_embeddings=TRAINED), dtype)
         tokens, retention = tokens_of(90), Retention.of(32, sinks=2, evict_every=3)
         caches = [cache_of(model, policy, retention, mode=mode) for _ in range(2)]
-        expected, found = (
-            run_pinned(m, cache, tokens, chunk, pins) for m, cache in zip((model, fuse(model)), caches, strict=True)
-        )
+        expected = run_pinned(model, caches[0], tokens, 1000, pins)
+        found = run_pinned(fuse(model), caches[1], tokens, chunk, pins)
         assert distance(found, expected) < (1e-12 if dtype == torch.float64 else 0.03)
         assert kept_positions(caches[0]) == kept_positions(caches[1])
         kept = set(kept_positions(caches[1])[0][0][0])
