@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from .backends.linear import Linear
 from .cache import KVCache
 from .eviction import evict_
-from .fused import FusedLayer
+from .fused import listening
 from .machine import now
-from .model import Attend, Attention, Transformer
+from .model import Attend, Transformer
 from .slots import LayerCache, Span
 
 
@@ -68,17 +68,12 @@ def watched(model: Transformer) -> Iterator[Spent]:
     linears = [module for module in model.model.modules() if isinstance(module, (Linear, nn.Linear))]
     hooks = [linear.register_forward_pre_hook(before) for linear in linears]
     hooks += [linear.register_forward_hook(after) for linear in linears]
-    attentions = [module for module in model.modules() if isinstance(module, (Attention, FusedLayer))]
-    attends = [attention.attend for attention in attentions]
     try:
-        for attention in attentions:
-            attention.attend = watching(attention.attend)
-        yield spent
+        with listening(model, watching):
+            yield spent
     finally:
         for hook in hooks:
             hook.remove()
-        for attention, attend in zip(attentions, attends, strict=True):
-            attention.attend = attend
 
 
 def shares(spent: Spent, steps: Sequence[tuple[float, float]], cache: KVCache) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 
 from . import fingerprint, hub, inventory, loader
 from .backends import native
+from .backends.linear import has_int8
 from .budget import Budget, CachePlan
 from .chat import ChatTemplate
 from .config import ModelConfig
@@ -71,8 +72,8 @@ class Checkpoint:
         folder = hub.resolve(name, revision=revision, offline=offline, weights=with_weights)
         config = loader.read_config(folder)
         kind = loader.choose_dtype(dtype, config, place)
-        scheme = choose_scheme(weights, config)
-        return cls(name, folder, config, kind, place, offline, scheme, choose_backend(backend, kind, place))
+        chosen = choose_backend(backend, kind, place)
+        return cls(name, folder, config, kind, place, offline, choose_scheme(weights, config, chosen), chosen)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -179,18 +180,23 @@ class Checkpoint:
         return self.weights.nbytes(self.dtype)
 
 
-def choose_scheme(requested: str, config: ModelConfig) -> Scheme | None:
-    """The scheme of the weights: as asked for, or as stored.  Raises ConfigError where the two cannot go together."""
+def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme | None:
+    """The scheme of the weights: as asked for, or as stored; int8-a16 for int8 where nobody rounds activations.
+
+    Raises ConfigError where the two cannot go together.
+    """
     stored = config.stored_scheme
-    if requested == "auto":
-        return None if stored is None else Scheme(stored)
-    scheme = Scheme(requested)
-    if stored is not None and stored != requested.partition("-")[0]:
+    name = stored if requested == "auto" else requested
+    if name is None:
+        return None
+    scheme = Scheme(name)
+    if requested != "auto" and stored is not None and stored != requested.partition("-")[0]:
         raise ConfigError(
             f"--weights {requested} was asked for, but the checkpoint is stored as {stored}; name the one that it was "
             "made from"
         )
-    return scheme
+    rounds = backend == "cpu" and has_int8()
+    return Scheme("int8-a16") if scheme.rounds_activations and not rounds else scheme
 
 
 def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> str:

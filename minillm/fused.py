@@ -8,6 +8,7 @@ read, convert and drop them one part at a time.  model.py knows nothing of this,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .backends import cpu
 from .backends.linear import DenseLinear, Linear, make_linear, quantise
-from .model import Attend, Layer, Rotation, Transformer
+from .model import Attend, Attention, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
 from .slots import LayerCache, Span
 
@@ -90,6 +91,20 @@ class FusedLayer(nn.Module):
         return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
+@contextmanager
+def listening(model: Transformer, wrap: Callable[[Attend], Attend]) -> Iterator[None]:
+    """While this is open, every layer attends by `wrap` of what it attends by."""
+    layers = [module for module in model.modules() if isinstance(module, (Attention, FusedLayer))]
+    before = [layer.attend for layer in layers]
+    try:
+        for layer in layers:
+            layer.attend = wrap(layer.attend)
+        yield
+    finally:
+        for layer, attend in zip(layers, before, strict=True):
+            layer.attend = attend
+
+
 @dataclass(frozen=True)
 class Fusion:
     """How a model is to be computed on the CPU.  scheme: of its weights; None = in the model's dtype."""
@@ -121,7 +136,8 @@ class Fusion:
 
         def install(read: Read) -> None:
             weight = self._quantised(part, read, module)
-            setattr(owner, part, DenseLinear(weight, read(f"{module}.bias") if biased else None))  # type: ignore[arg-type]
+            bias = read(f"{module}.bias") if biased else None
+            setattr(owner, part, DenseLinear(weight, bias, by_native=False))  # type: ignore[arg-type]
 
         return Step(tuple(f"{module}.{kind}" for kind in ("weight", "bias")[: 1 + biased]), install)
 

@@ -86,11 +86,11 @@ class Weights:
     def converted(self, dtype: torch.dtype) -> int:
         """Bytes that loading as `dtype` holds for a moment beside the model: the largest thing that is converted.
 
-        As it is stored; and once more in `dtype`, where several tensors are joined before they are packed.
+        What is packed is read into one piece of `dtype` first; what is stored otherwise is there as it is stored, too.
         """
         if self.largest is not None:
             count, stored = self.largest
-            return count * (stored.itemsize + dtype.itemsize)
+            return count * (dtype.itemsize + (0 if stored == dtype else stored.itemsize))
         return max((count * stored.itemsize for count, stored in self.tensors if stored != dtype), default=0)
 
 
@@ -121,12 +121,12 @@ def weights_of(
         check_fit(folder or Path(), model, stored)
         origin = "the headers of its files" if remote is None else "the hub's headers"
         kinds = {name: DTYPE_OF[entry.dtype] for name, entry in stored.items()}
-    quantised, replaced, zeros = 0, set(), fusion is not None and not has_int4(fusion.dtype)
+    quantised, replaced, item = 0, set(), None if fusion is None or has_int4(fusion.dtype) else fusion.dtype.itemsize
     for module, linear in linear_layers(model) if scheme is not None else []:
-        quantised += _code_bytes(scheme, module, linear.out_features, linear.in_features, zeros)
+        quantised += _code_bytes(scheme, module, linear.out_features, linear.in_features, item)
         replaced.add(f"{module}.weight")
     if scheme is not None and config.tie_word_embeddings:  # the head is kept once more, see fused.py
-        quantised += _code_bytes(scheme, "lm_head", config.vocab_size, config.hidden_size, zeros)
+        quantised += _code_bytes(scheme, "lm_head", config.vocab_size, config.hidden_size, item)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     dtypes = {name: kinds.get(name, kinds.get(name.replace(".weight", ".codes"), default)) for name in sizes}
     largest = None
@@ -139,12 +139,14 @@ def weights_of(
     return Weights(kept, origin, quantised, largest)
 
 
-def _code_bytes(scheme: Scheme | None, module: str, rows: int, width: int, zeros: bool) -> int:
-    """Bytes of a linear layer; zeros: what torch's 4-bit operator wants beside every scale."""
+def _code_bytes(scheme: Scheme | None, module: str, rows: int, width: int, item: int | None) -> int:
+    """Bytes of a linear layer; item: of a number, where torch's 4-bit operator wants the scales as such, and zeros."""
     assert scheme is not None
     bits = scheme.bits(module, width)
     parts = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in quant.shapes(rows, width, bits).items()}
-    return sum(parts.values()) + (parts["scales"] if zeros and bits == 4 else 0)
+    if bits == 4 and item is not None:
+        parts["scales"] *= item  # from one number in two bytes to two in `item` bytes each
+    return sum(parts.values())
 
 
 def empty_model(config: ModelConfig) -> Transformer:
@@ -188,6 +190,8 @@ def check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) ->
     if not found:
         return sorted(wanted, key=lambda name: (stored[name].file, stored[name].begin))
     remedy = "download the checkpoint again, or correct its config.json"
+    if model.config.stored_scheme is not None:
+        remedy = "quantise it again"
     if complaints["missing"] == ["lm_head.weight"]:
         remedy = (
             'if the model shares its embedding, set "tie_word_embeddings": true in config.json, else download again'

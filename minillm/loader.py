@@ -236,8 +236,8 @@ def save_quantised(
     """Write the checkpoint `source` to `folder` with its linear layers in `scheme`; the rest keeps its stored dtype.
 
     One tensor is in memory at a time.  Tokenizer and templates are copied along.  Returns the bytes of the weights
-    before and after.  Raises CheckpointError, also for a folder that is not empty; a crash leaves no config.json, so no
-    half of a checkpoint.
+    before and after.  Raises CheckpointError, also for a folder that is not empty; what was stopped halfway lies beside
+    it, in FOLDER.part, and the next attempt begins anew.
     """
     if config.stored_scheme is not None:
         raise CheckpointError(f"{source} is quantised already; name the checkpoint that it was made from")
@@ -264,12 +264,17 @@ def save_quantised(
             if progress is not None:
                 progress(done + 1, len(layout))
 
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):
-            shutil.copyfile(file, folder / file.name)
-    _write_tensors(folder / SINGLE, layout, tensors())
-    _write_config(folder, replace(config, stored_scheme=scheme.name))
+            shutil.copyfile(file, part / file.name)
+    _write_tensors(part / SINGLE, layout, tensors())
+    _write_config(part, replace(config, stored_scheme=scheme.name))
+    if folder.exists():
+        folder.rmdir()  # empty, as was seen above
+    part.rename(folder)
     after = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
     return sum(entry.nbytes for entry in stored.values()), after
 

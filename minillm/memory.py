@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .cgroups import groups, text
 from .errors import MemoryPromiseError
 
 STATUS = re.compile(r"^Vm(?:HWM|RSS):\s+(\d+) kB$", re.MULTILINE)  # the peak, then the present
@@ -37,7 +38,7 @@ def held(device: torch.device | str = "cpu") -> Held:
     if torch.device(device).type == "cuda":
         return Held(torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device))
     if sys.platform == "linux":  # where ru_maxrss would be at least that of the process that started us
-        peak, now = STATUS.findall(_text(Path("/proc/self/status")))
+        peak, now = STATUS.findall(text(Path("/proc/self/status")))
         return Held(int(now) * 1024, int(peak) * 1024)
     try:
         import resource
@@ -82,41 +83,23 @@ def _limits(root: Path) -> Iterator[Room]:
     elif sys.platform == "darwin":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         yield Room(total, total)
-    mounted = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":  # version 2, in a folder of its own where both are in use
-            for mount in (mounted, mounted / "unified"):
-                yield from _groups(mount, path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            yield from _groups(mounted / "memory", path, *names)
-
-
-def _groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[Room]:
-    """The limits of a group and of all groups around it; in a container the outer ones are not there to be seen."""
-    group = mount / path.strip("/")
-    for folder in (group, *group.parents):
-        most = _text(folder / limit).strip()
+    names = {  # by version
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    for version, folder in groups("memory", root):
+        limit, usage, reclaimable = names[version]
+        most = text(folder / limit).strip()
         if most.isdigit():  # neither absent nor "max"
-            used = int(_text(folder / usage) or 0)
+            used = int(text(folder / usage) or 0)
             # Pages of files that nobody has touched lately are given up before anybody is killed.
             used -= _fields(folder / "memory.stat").get(reclaimable, 0)
             yield Room(int(most), int(most) - max(0, used))
-        if folder == mount:
-            return
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError:
-        return ""
 
 
 def _fields(file: Path) -> dict[str, int]:
     """Lines such as "VmRSS:   12 kB" or "inactive_file 12288" -> bytes by name; what is no number is left out."""
-    lines = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", _text(file), re.MULTILINE)
+    lines = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", text(file), re.MULTILINE)
     return {name: int(number) * (1024 if unit else 1) for name, number, unit in lines}
 
 

@@ -25,7 +25,8 @@ Bits = Literal[4, 8]
 class Scheme:
     """How the linear layers of a model are stored, and what is multiplied with what.
 
-    int8: 8 bits, a scale for each output channel, and activations rounded to 8 bits, token by token, as they come.
+    int8: 8 bits, a scale for each output channel, and activations rounded to 8 bits, token by token, as they come
+    (by the CPU backend; others do int8-a16, and say so).
     int8-a16: the same weights, activations as they are.  int4: 4 bits, a scale for every 32 weights, activations as
     they are.  The output projection has 8 bits in every scheme, for it decides between tokens, and so have layers whose
     rows do not divide into groups of 32; embeddings, norms and biases stay as they are.
@@ -80,9 +81,8 @@ class Quantised:
         if self.bits == 8:
             return (self.codes.to(torch.float32) * self.scales).to(dtype)
         numbers = unpack_nibbles(self.codes).to(torch.float32).sub_(8)  # [N, K]
-        dense: Tensor = numbers.unflatten(1, (-1, GROUP)) * self.scales.to(torch.float32).unsqueeze(
-            2
-        )  # [N, K / 32, 32]
+        scales = self.scales.to(torch.float32).unsqueeze(2)  # [N, K / 32, 1]
+        dense: Tensor = numbers.unflatten(1, (-1, GROUP)) * scales  # [N, K / 32, 32]
         return dense.flatten(1).to(dtype)
 
     @classmethod

@@ -51,7 +51,8 @@ class Shape(Checkpoint):
         config = shape_config(name, layers)
         place = Checkpoint.open(device=device).device  # decided as for every model
         kind = choose_dtype(dtype, config, place)
-        chosen, scheme = choose_backend(backend, kind, place), choose_scheme(weights, config)
+        chosen = choose_backend(backend, kind, place)
+        scheme = choose_scheme(weights, config, chosen)
         part = "" if layers is None else f", {layers} of {shape_config(name).num_hidden_layers} layers"
         return cls(f"{name} (random weights{part})", Path(), config, kind, place, True, scheme, chosen)
 

@@ -23,7 +23,7 @@ TREES = {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for 
 
 # From the ground up: a room may import from its own floor and from those below it.
 FLOORS = (
-    ("errors", "units", "version"),
+    ("errors", "units", "version", "cgroups"),
     (
         "config",
         "cores",
@@ -57,7 +57,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
 USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store"}
-USERS_FILES |= {"minillm.memory", "minillm.cores", "minillm.machine"}  # /proc
+USERS_FILES |= {"minillm.cgroups", "minillm.machine"}  # /proc
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(
     r"os\.(remove|unlink|rename|replace|mkdir|makedirs|listdir|scandir|walk|stat)|(shutil|tempfile|mmap)\.\w+"

@@ -211,7 +211,7 @@ def test_4_bits_by_torchs_operator(rows: int, width: int, dtype: torch.dtype) ->
     weight = quantise(random(rows, width, scale=0.1), 4)
     for biased in (False, True):
         bias = bias_of(rows, biased, dtype)
-        check(Int4Linear(weight, bias), weight.dense(torch.float64), bias, dtype)
+        check(Int4Linear(weight, bias, dtype), weight.dense(torch.float64), bias, dtype)
 
 
 @needs_native
@@ -512,7 +512,7 @@ def test_schemes_that_do_not_go_together(source: Path, capsys: pytest.CaptureFix
         with pytest.raises(ConfigError, match=f"--weights {asked} was asked for, but .* stored as {stored}"):
             Checkpoint.open(str(folders[stored]), weights=asked, offline=True)
     assert Checkpoint.open(str(folders["int8"]), weights="int8-a16", offline=True).scheme == Scheme("int8-a16")
-    assert choose_scheme("auto", read_config(source)) is None
+    assert choose_scheme("auto", read_config(source), "cpu") is None
     with pytest.raises(ConfigError, match="weights are 'fp8'"):
         Checkpoint.open(str(source), weights="fp8", offline=True)
     words = ["generate", "Hi", "--model", str(folders["int8"]), "--weights", "int4", "--offline"]
@@ -560,10 +560,27 @@ def test_what_stops_halfway_is_no_checkpoint(source: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         save_quantised(source, read_config(source), target, Scheme("int4"), progress=stop)
-    assert not (target / "config.json").exists()
-    assert not (target / "model.safetensors").exists()
+    assert not target.exists()
+    part = source.with_name("target.part")
+    assert not (part / "config.json").exists()
+    assert not (part / "model.safetensors").exists()
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
-        Checkpoint.open(str(target), offline=True)
+        Checkpoint.open(str(part), offline=True)
+    save_quantised(source, read_config(source), target, Scheme("int4"))
+    assert Checkpoint.open(str(target), offline=True).scheme == Scheme("int4")
+    assert not part.exists()
+
+
+def test_int8_says_where_nobody_rounds_activations(source: Path) -> None:
+    opened = {
+        backend: Checkpoint.open(str(source), weights="int8", backend=backend, offline=True)
+        for backend in ("cpu", "reference")
+    }
+    assert opened["cpu"].scheme == Scheme("int8" if linear.has_int8() else "int8-a16")
+    assert opened["reference"].scheme == Scheme("int8-a16")
+    layers = [module for module in opened["reference"].load_model().modules() if isinstance(module, DenseLinear)]
+    assert layers
+    assert not any(layer.is_native for layer in layers), "the reference is torch alone"
 
 
 # --- bytes and sessions -----------------------------------------------------------------------------------------------

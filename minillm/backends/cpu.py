@@ -27,8 +27,7 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
         return reference.attend_(layer, q, k, v, span, q_far)
     if q_far is not None and not layer.far:
         q_far = None
-    result = None if span.length == q.shape[2] else torch.zeros_like(q)  # [B, H, T, D]; padding gives zeros
-    pieces = []
+    result = None  # [B, H, T, D]: whole before its pieces come, which would keep the heap from reuse between them
     for start, stop, evict, settle in layer.stretches(span, query_block(layer, span, q_far)):
         queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
         if evict:
@@ -36,14 +35,14 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
         layer.write_(k[:, :, start:stop], v[:, :, start:stop], span, start, stop)
         far = None if q_far is None else q_far[:, :, start:stop]
         attended = attend_slots(layer, queries, span, start, stop, far)
-        if result is None:
-            pieces.append(attended)
-        else:
-            result[:, :, start:stop] = attended
         if layer.policy.needs_queries:
             layer.policy.observe_queries_(layer, queries, positions)
-    if result is None:
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+        if stop - start == q.shape[2]:
+            return attended  # one stretch, no padding
+        if result is None:
+            result = torch.zeros_like(q)  # padding gives zeros
+        result[:, :, start:stop] = attended
+    assert result is not None
     return result
 
 

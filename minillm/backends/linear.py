@@ -24,11 +24,13 @@ def make_linear(
     if isinstance(weight, Tensor):
         return OneDNNLinear(weight, bias) if can_pack(dtype) else PlainLinear(weight, bias)
     if weight.bits == 8:
-        return Int8RoundedLinear(weight, bias) if rounds_activations and has_int8() else DenseLinear(weight, bias)
+        if rounds_activations and has_int8():
+            return Int8RoundedLinear(weight, bias)
+        return DenseLinear(weight, bias)
     rows, _ = weight.shape
     if has_int4(dtype) and rows % native.TILE == 0:
         return Int4NativeLinear(weight, bias)
-    return Int4Linear(weight, bias) if rows % 64 == 0 else DenseLinear(weight, bias)
+    return Int4Linear(weight, bias, dtype) if rows % 64 == 0 else DenseLinear(weight, bias)
 
 
 def quantise(weight: Tensor, bits: Bits) -> Quantised:
@@ -124,7 +126,7 @@ class Int8RoundedLinear(Linear):
         self._nbytes = weight.nbytes
         self.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
         self.scales = weight.scales.flatten()  # [N]
-        self.zeros = torch.zeros_like(self.scales, dtype=torch.int64)  # [N]
+        self.zeros = torch.zeros(1, dtype=torch.int64)  # for all rows
         self.one, self.zero = torch.ones(()), torch.zeros((), dtype=torch.int64)
 
     def product(self, x: Tensor) -> Tensor:
@@ -143,14 +145,14 @@ class Int8RoundedLinear(Linear):
 class DenseLinear(Linear):
     """Weights that become numbers a block of rows at a time, where no kernel multiplies them as they are.
 
-    native.c does that for 8 bits and few rows of activations.
+    What every other kind is compared with, on every device.  by_native: native.c may multiply 8 bits and few rows of
+    activations.
     """
 
-    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+    def __init__(self, weight: Quantised, bias: Tensor | None, *, by_native: bool = True) -> None:
         super().__init__(weight.shape, bias)
         self.weight = weight
-        on_cpu = weight.codes.device.type == "cpu" and weight.codes.is_contiguous()
-        self.is_native = on_cpu and weight.bits == 8 and self.in_features % 32 == 0 and native.missing() is None
+        self.is_native = by_native and weight.bits == 8 and self.in_features % 32 == 0 and native.missing() is None
 
     def product(self, x: Tensor) -> Tensor:
         if self.is_native and x.shape[0] <= native.MOST_ROWS and x.dtype == torch.bfloat16:
@@ -174,15 +176,16 @@ class DenseLinear(Linear):
 class Int4Linear(Linear):
     """4-bit weights by torch's own operator: as fast as memory for one row, slow for many."""
 
-    def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
+    def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """dtype: of the activations, in which the operator wants the scales."""
         super().__init__(weight.shape, bias)
-        codes = torch.stack((weight.codes & 15, weight.codes >> 4), 2).flatten(1).to(torch.int32)  # [N, K]
+        codes = quant.unpack_nibbles(weight.codes).to(torch.int32)  # [N, K]
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = weight.scales.T.contiguous()  # [K / 32, N]
+        scales = weight.scales.T.to(dtype)  # [K / 32, N]
         self.scales = torch.stack((scales, torch.zeros_like(scales)), 2)  # [K / 32, N, 2]: scale, and what 8 stands for
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, 32, self.scales.to(x.dtype))
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, GROUP, self.scales)
         return y if self.bias is None else y.add_(self.bias)
 
     @property

@@ -36,7 +36,7 @@ INLINE void store16(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__
 
 INLINE __m512bh load32(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
-// e^x to about 2 units of float32's last place; x <= 0 here, and below -87 it is 0.
+// e^x to about 2 units of float32's last place, for x <= 0.
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-105.0f), x); // far below, the polynomial would overflow; NaN stays NaN
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -482,6 +482,17 @@ INLINE void queries_as_squares(const bf16 *q, int64_t heads, int64_t dim, bf16 (
         for (int64_t p = 0; p < dim / 2; p++) memcpy(&squares[p / 16][p % 16 * 32 + 2 * g], q + g * dim + 2 * p, 4);
 }
 
+// Products of 16 keys with up to 16 queries in squares: out [16 keys, 16 queries].
+AMX static void multiply_keys(const bf16 *keys, const bf16 (*squares)[SQUARE], int64_t dim, float *out) {
+    _tile_zero(0);
+    for (int64_t c = 0; c < dim / 32; c++) {
+        _tile_loadd(1, keys + 32 * c, dim * sizeof(bf16));
+        _tile_loadd(2, squares[c], 64);
+        _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, out, 64);
+}
+
 // The same by AMX: 16 slots against up to 16 queries at a time.  Weights are rounded to bf16 before they meet the values.
 AMX static void attend_block_amx(const bf16 *q, const bf16 *far, int64_t asked, int64_t heads, const bf16 *keys, const bf16 *values,
                                  const int32_t *positions, int64_t slots, int64_t dim, View view, float *part) {
@@ -490,7 +501,7 @@ AMX static void attend_block_amx(const bf16 *q, const bf16 *far, int64_t asked, 
     float weights[MOST_GROUP][BLOCK] __attribute__((aligned(64))), square[16 * 16] __attribute__((aligned(64)));
     bf16 last[16 * MOST_DIM] __attribute__((aligned(64)));
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)dim));
-    const int64_t stride = dim + 2, chunks = dim / 32;
+    const int64_t stride = dim + 2;
     __m512 largest[MOST_GROUP];
     tiles_ready();
     queries_as_squares(q, heads, dim, near);
@@ -503,22 +514,10 @@ AMX static void attend_block_amx(const bf16 *q, const bf16 *far, int64_t asked, 
             key = memcpy(last, key, (slots - s) * dim * sizeof(bf16));
         }
         __m512i products[16], by_head[16];
-        _tile_zero(0);
-        for (int64_t c = 0; c < chunks; c++) {
-            _tile_loadd(1, key + 32 * c, dim * sizeof(bf16));
-            _tile_loadd(2, near[c], 64);
-            _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, square, 64);
+        multiply_keys(key, near, dim, square);
         for (int r = 0; r < 16; r++) products[r] = _mm512_load_si512(square + 16 * r);
         if (s < asked) {
-            _tile_zero(0);
-            for (int64_t c = 0; c < chunks; c++) {
-                _tile_loadd(1, key + 32 * c, dim * sizeof(bf16));
-                _tile_loadd(2, distant[c], 64);
-                _tile_dpbf16ps(0, 1, 2);
-            }
-            _tile_stored(0, square, 64);
+            multiply_keys(key, distant, dim, square);
             for (int r = 0; r < 16 && s + r < asked; r++) products[r] = _mm512_load_si512(square + 16 * r);
         }
         transpose16(products, by_head);

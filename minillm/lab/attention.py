@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..fused import FusedLayer
-from ..model import Attend, Attention, Transformer
+from ..fused import listening
+from ..model import Attend, Transformer
 from ..slots import LayerCache, Span
 
 Query = tuple[Tensor, Tensor | None]  # of one token [H, D], and as it asks what is far (model.py)
@@ -88,7 +88,7 @@ def last_queries(model: Transformer, cache: KVCache) -> Iterator[dict[int, Query
     """While this is open, it holds for every layer the query of the last token that entered `cache`."""
     found: dict[int, Query] = {}
 
-    def listening(attend: Attend) -> Attend:
+    def watching(attend: Attend) -> Attend:
         def listen(
             layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
         ) -> Tensor:
@@ -102,12 +102,5 @@ def last_queries(model: Transformer, cache: KVCache) -> Iterator[dict[int, Query
 
         return listen
 
-    attentions = [module for module in model.modules() if isinstance(module, (Attention, FusedLayer))]
-    before = [attention.attend for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.attend = listening(attention.attend)
+    with listening(model, watching):
         yield found
-    finally:
-        for attention, attend in zip(attentions, before, strict=True):
-            attention.attend = attend
