@@ -256,6 +256,45 @@ def test_extreme_scores(sign: float, with_amx: bool) -> None:
     close(found, expected, atol=6e-3 if with_amx else 1e-3)
 
 
+# --- weights that oneDNN packed ---------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("width", [32, 64, 96, 160])
+@pytest.mark.parametrize("rows", [64, 128, 320])
+def test_panels_are_recognised(rows: int, width: int) -> None:
+    """And only they: another weight, another order and rows that do not fill a panel are not."""
+    numbers = random(rows, width)
+    codes = native.quantise(numbers, 8).codes
+    for weight, pack in (
+        (numbers, lambda x: torch.ops.mkldnn._reorder_linear_weight(x, 32)),
+        (codes, lambda x: torch.ops.onednn.qlinear_prepack(x, None)),
+    ):
+        packed, other = pack(weight), weight.clone()
+        if native.panels(packed, weight) is None:
+            pytest.skip("oneDNN packs in another order here")
+        other[-1, -1] += 1
+        assert native.panels(packed, other) is None
+        assert native.panels(weight.to_mkldnn() if weight is numbers else pack(weight[:64]), other) is None
+        assert native.panels(pack(weight[:48]), weight[:48]) is None
+
+
+@needs_native
+def test_few_rows_do_not_take_onednns_way() -> None:
+    """What a CPU spends most of its time on; the numbers are compared in test_quant.py."""
+    numbers = random(128, 64)
+    layers = linear.OneDNNLinear(numbers, None), linear.Int8RoundedLinear(native.quantise(numbers, 8), None)
+    for layer in layers:
+        if layer.panels is None:
+            pytest.skip("oneDNN packs in another order here")
+        with torch.profiler.profile() as seen:
+            layer(random(8, 64))
+        assert not [event.name for event in seen.events() if "linear" in event.name]
+        with torch.profiler.profile() as seen:
+            layer(random(9, 64))
+        assert [event.name for event in seen.events() if "linear" in event.name]
+
+
 # --- around the linear layers -----------------------------------------------------------------------------------------
 
 ROWS = [1, 3, 8, 9, 17]
@@ -328,7 +367,8 @@ def test_round_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(rows, 160) * torch.logspace(-20, 20, rows).to(BF16)[:, None]
     x[-1] = 0
     codes, scales = native.round_rows(x)
-    assert (codes.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (rows, 1))
+    assert (codes.dtype, scales.dtype, scales.shape) == (torch.uint8, torch.float32, (rows, 1))
+    codes = codes.int() - 128
     error = (codes.double() * scales.double() - x.double()).abs()
     assert bool((error <= 0.5001 * scales.double()).all())
     assert codes.abs().amax(1)[:-1].tolist() == [127] * (rows - 1)
@@ -336,7 +376,8 @@ def test_round_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing", lambda: "not here")
     theirs, their_scales = linear.round_rows(x)
     assert torch.equal(their_scales, scales)
-    assert int((theirs.int() - codes.int()).abs().max()) <= 1, "a tie may be broken in either way"
+    theirs = theirs.int() - 128
+    assert int((theirs - codes).abs().max()) <= 1, "a tie may be broken in either way"
     assert float((theirs != codes).float().mean()) < 0.02
 
 
@@ -413,8 +454,8 @@ def _rotate() -> Tensor:
     return native.rotate(random(1, 33, 3, 64), random(1, 1, 33, 64, seed=1), random(1, 1, 33, 64, seed=2)).contiguous()
 
 
-def _quantised(count: quant.Bits) -> Quantised:
-    return native.quantise(awkward_weights(96, 96), count)
+def _quantised(count: quant.Bits, rows: int = 96) -> Quantised:
+    return native.quantise(awkward_weights(rows, 96), count)
 
 
 def _int4(rows: int) -> Tensor:
@@ -434,6 +475,8 @@ THREADED: dict[str, Callable[[], Tensor]] = {
     "round": lambda: native.round_rows(random(33, 64))[0],
     "quantise8": lambda: _quantised(8).codes,
     "quantise4": lambda: torch.cat((_quantised(4).codes, _quantised(4).scales.view(torch.uint8)), 1),
+    "bf16_linear": lambda: linear.OneDNNLinear(awkward_weights(128, 96), None).product(random(5, 96)),
+    "rounded_linear": lambda: linear.Int8RoundedLinear(_quantised(8, 128), None).product(random(5, 96)),
     "int8_linear": lambda: native.int8_linear(random(3, 96), _quantised(8).codes, _quantised(8).scales),
     "int4_pack": lambda: native.pack_int4(_quantised(4))[0],
     "int4_dense": lambda: native.int4_dense(*native.pack_int4(_quantised(4)), 0, 96, torch.empty(96, 96, dtype=BF16)),
@@ -498,7 +541,7 @@ def test_it_is_built_and_runs(tmp_path: Path) -> None:
     x, here = random(1, 3, 64), native.missing()
     expected = None if here else native.gated(x)
     with library(tmp_path / "_native.so"):
-        assert native.missing() in (None, "this CPU lacks AVX512-BF16")
+        assert native.missing() in (None, "this CPU lacks AVX512-BF16 or AVX512-VNNI")
         if expected is not None:
             assert torch.equal(native.gated(x), expected)
 
@@ -537,7 +580,7 @@ def test_without_the_library_the_same_is_computed_and_info_says_why(
             assert "Int4NativeLinear" not in {type(module).__name__ for module in plain.modules()}
             found = run_mixed(plain, cache_of(plain, "window", retention), tokens)
         differences[scheme.name if scheme else "bfloat16"] = distance(found, expected)
-    assert max(differences.values()) < 0.03
+    assert max(differences.values()) < 0.05, differences  # int8: an activation may be rounded the other way
     with library(tmp_path / "_native.so"):
         assert main(["info", "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)["backends"]

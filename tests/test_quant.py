@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -244,7 +247,7 @@ def test_rounded_activations(rows: int, width: int, dtype: torch.dtype, biased: 
         x = random(count, width, seed=count).to(dtype)
         x[0, :8] *= 10
         codes, scales = linear.round_rows(x)
-        whole = codes.double() @ weight.codes.double().T  # [M, N]
+        whole = (codes.double() - linear.ZERO) @ weight.codes.double().T  # [M, N]
         product = whole * weight.scales.double().flatten() * scales.double()
         expected = product + (0 if bias is None else bias.double())
         found = layer(x)
@@ -256,6 +259,35 @@ def test_rounded_activations(rows: int, width: int, dtype: torch.dtype, biased: 
         exact = x.double() @ dense.T + (0 if bias is None else bias.double())
         off = 0.501 * scales.double() * dense.abs().sum(1)  # half a step of every activation
         assert bool(((found.double() - exact).abs() <= off + 4 * unit * size + 1e-7).all())
+
+
+SLOW = """
+import torch
+from minillm.backends.linear import make_linear
+from minillm.quant import quantise
+
+weight = torch.randn(128, 192)
+for dtype in (torch.bfloat16, torch.float32):
+    for stored in (quantise(weight, 8), weight.to(dtype)):
+        for count in (1, 40):
+            make_linear(stored, None, dtype=dtype)(torch.randn(count, 192).to(dtype))
+"""
+
+
+@pytest.mark.skipif(not linear.has_int8(), reason="torch was built without oneDNN's 8-bit products")
+def test_onednn_has_a_kernel_for_everything() -> None:
+    """Where it has none, its reference multiplies a number at a time: on CPUs without AMX, all of int8 times int8."""
+    command = [sys.executable, "-c", SLOW]
+    told = subprocess.run(
+        command, env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True, check=True
+    )
+    done = [line for line in told.stdout.splitlines() if ",exec," in line and ",reorder," not in line]
+    assert done, told.stdout
+    assert not [line for line in done if "ref" in line.split(",")[6]], told.stdout
+
+
+def _packed(weight: Tensor) -> Linear:
+    return make_linear(weight.to(BF16), None, dtype=BF16)
 
 
 def _rounded(weight: Tensor) -> Linear:
@@ -273,7 +305,9 @@ def _native4(weight: Tensor) -> Linear:
 @pytest.mark.parametrize(
     ("make", "dtype", "counts"),
     [
-        pytest.param(_rounded, BF16, (1, 2, 3, 8, 40), id="int8"),
+        pytest.param(_packed, BF16, (1, 2, 3, 4, 5, 7, 8), id="bfloat16 of few", marks=needs_native),
+        pytest.param(_rounded, BF16, (1, 2, 3, 4, 5, 7, 8), id="int8 of few"),
+        pytest.param(_rounded, BF16, (9, 10, 12, 40), id="int8 of many"),
         pytest.param(_rounded, F32, (1, 2, 3, 8, 40), id="int8 in float32"),
         pytest.param(_dense8, BF16, (1, 2, 3, 5, 8), id="int8-a16", marks=needs_native),
         pytest.param(_native4, BF16, (1, 2, 3, 4), id="int4 of few", marks=needs_native),
@@ -283,9 +317,9 @@ def _native4(weight: Tensor) -> Linear:
 def test_a_row_does_not_depend_on_its_neighbours(
     make: Callable[[Tensor], Linear], dtype: torch.dtype, counts: tuple[int, ...]
 ) -> None:
-    """Bit for bit, whatever the others hold; 4 bits are multiplied in one way for few rows and in another for many."""
+    """Bit for bit, whatever the others hold; few rows are multiplied in one way and many in another."""
     *fewer, most = counts
-    layer, x = make(random(96, 160, scale=0.1)), random(most, 160).to(dtype)
+    layer, x = make(random(128, 160, scale=0.1)), random(most, 160).to(dtype)
     x[most // 2] *= 1000
     together = layer(x)
     for count in fewer:

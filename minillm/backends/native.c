@@ -17,13 +17,13 @@
 
 typedef uint16_t bf16;
 
-#define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")))
 #define INLINE KERNEL static inline __attribute__((always_inline))
 
 int minillm_runs(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
 // ---- numbers ----
@@ -248,7 +248,90 @@ KERNEL void minillm_quantise4(const bf16 *weights, uint8_t *codes, bf16 *scales,
     }
 }
 
-// ---- 8-bit weights ----
+// ---- 16- and 8-bit weights, as oneDNN packs them ----
+// 64 rows lie together, a panel: 4 bytes of the first row (two bf16, or four int8), 4 of the second, ... of the 64th, then
+// their next 4 bytes.  So 16 rows fill a register, and the 4 bytes of x that all of them meet are in every lane of another.
+
+#define PANEL 64
+
+// One panel times `rows` vectors of `lanes` x 4 bytes.  eight: int8 weights and x in uint8, else pairs of bf16.
+INLINE void panel_sums(const void *x, const uint8_t *weights, int rows, int64_t lanes, int eight, __m512i sum[4][4]) {
+    for (int m = 0; m < rows; m++)
+        for (int q = 0; q < 4; q++) sum[m][q] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < lanes; i++)
+        for (int q = 0; q < 4; q++) {
+            const uint8_t *at = weights + (i * 4 + q) * 64;
+            __m512i w = _mm512_loadu_si512(at);
+            _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+            for (int m = 0; m < rows; m++) {
+                int32_t four;
+                memcpy(&four, (const uint8_t *)x + (m * lanes + i) * 4, 4);
+                __m512i every = _mm512_set1_epi32(four);
+                sum[m][q] = eight ? _mm512_dpbusd_epi32(sum[m][q], every, w)
+                                  : (__m512i)_mm512_dpbf16_ps((__m512)sum[m][q], (__m512bh)w, (__m512bh)every);
+            }
+        }
+}
+
+INLINE void bf16_panel(const bf16 *x, const bf16 *weights, bf16 *y, int rows, int64_t n, int64_t k) {
+    __m512i sum[4][4];
+    panel_sums(x, (const uint8_t *)weights, rows, k / 2, 0, sum);
+    for (int m = 0; m < rows; m++)
+        for (int q = 0; q < 4; q++) store16(y + m * n + 16 * q, (__m512)sum[m][q]);
+}
+
+// y [m, n] = x [m, k] W^T; weights bf16: n / 64 panels of k / 2 x 64 x 2.
+KERNEL void minillm_bf16_linear(const bf16 *x, const bf16 *weights, bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < n / PANEL; panel++)
+        for (int64_t i = 0; i < m; i += 4) { // a panel is read from memory once, then from the cache
+            const bf16 *from = x + i * k, *w = weights + panel * PANEL * k;
+            bf16 *to = y + i * n + panel * PANEL;
+            switch (m - i) {
+            case 1: bf16_panel(from, w, to, 1, n, k); break;
+            case 2: bf16_panel(from, w, to, 2, n, k); break;
+            case 3: bf16_panel(from, w, to, 3, n, k); break;
+            default: bf16_panel(from, w, to, 4, n, k);
+            }
+        }
+}
+
+INLINE void int8_panel(const uint8_t *x, const float *x_scales, const int8_t *weights, const float *scales, const int32_t *shifts, bf16 *y,
+                       int rows, int64_t n, int64_t k) {
+    __m512i sum[4][4];
+    panel_sums(x, (const uint8_t *)weights, rows, k / 4, 1, sum);
+    for (int q = 0; q < 4; q++) {
+        __m512 scale = _mm512_loadu_ps(scales + 16 * q);
+        __m512i shift = _mm512_loadu_si512(shifts + 16 * q);
+        for (int m = 0; m < rows; m++) {
+            __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m][q], shift));
+            store16(y + m * n + 16 * q, _mm512_mul_ps(total, _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[m]))));
+        }
+    }
+}
+
+// The same with int8 weights, n / 64 panels of k / 4 x 64 x 4, and x rounded by minillm_round: x - 128 is what it means, so
+// shifts [n] = 128 times the sum of a row of weights.
+KERNEL void minillm_rounded_linear(const uint8_t *x, const float *x_scales, const int8_t *weights, const float *scales, const int32_t *shifts,
+                                   bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < n / PANEL; panel++)
+        for (int64_t i = 0; i < m; i += 4) {
+            const uint8_t *from = x + i * k;
+            const int8_t *w = weights + panel * PANEL * k;
+            const float *s = scales + panel * PANEL;
+            const int32_t *shift = shifts + panel * PANEL;
+            bf16 *to = y + i * n + panel * PANEL;
+            switch (m - i) {
+            case 1: int8_panel(from, x_scales + i, w, s, shift, to, 1, n, k); break;
+            case 2: int8_panel(from, x_scales + i, w, s, shift, to, 2, n, k); break;
+            case 3: int8_panel(from, x_scales + i, w, s, shift, to, 3, n, k); break;
+            default: int8_panel(from, x_scales + i, w, s, shift, to, 4, n, k);
+            }
+        }
+}
+
+// ---- 8-bit weights as they are stored ----
 
 // One row of weights times `rows` vectors x [rows, k] in float32.
 INLINE void int8_row(const float *x, const int8_t *codes, float scale, bf16 *y, int rows, int64_t n, int64_t k) {
@@ -289,7 +372,7 @@ KERNEL void minillm_int8_linear(const float *x, const int8_t *codes, const float
 // Two tiles of 16 weight rows at a time become bf16 in the order in which AMX wants its second factor: the pairs of a group
 // of 32 weights, 16 rows side by side, which is how they lie already.  x is copied into squares of 16 x 32 first.
 
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")))
 #define SQUARE 512 // bf16 in a tile register: 16 x 32
 
 // Whether this CPU has AMX and the system lets this process use it.
@@ -715,8 +798,8 @@ KERNEL void minillm_rotate(const bf16 *x, int64_t stride, const bf16 *cos, const
             rotate_head(x + t * stride + h * dim, cos + t * dim, sin + t * dim, y + (t * heads + h) * dim, dim);
 }
 
-// codes [rows, size] = x / scale, rounded, with scale [rows] = the largest |x| of the row / 127.
-KERNEL void minillm_round(const bf16 *x, int8_t *codes, float *scales, int64_t rows, int64_t size) {
+// codes [rows, size] = x / scale, rounded, + 128, with scale [rows] = the largest |x| of the row / 127.
+KERNEL void minillm_round(const bf16 *x, uint8_t *codes, float *scales, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows > 8)
     for (int64_t r = 0; r < rows; r++) {
         const bf16 *row = x + r * size;
@@ -724,8 +807,10 @@ KERNEL void minillm_round(const bf16 *x, int8_t *codes, float *scales, int64_t r
         for (int64_t i = 0; i < size; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load16(row + i)));
         float scale = _mm512_reduce_max_ps(largest) / 127.0f;
         __m512 steps = _mm512_set1_ps(1.0f / scale);
-        for (int64_t i = 0; i < size; i += 16)
-            _mm_storeu_si128((__m128i *)(codes + r * size + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(load16(row + i), steps))));
+        for (int64_t i = 0; i < size; i += 16) {
+            __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load16(row + i), steps)), _mm512_set1_epi32(128));
+            _mm_storeu_si128((__m128i *)(codes + r * size + i), _mm512_cvtepi32_epi8(code));
+        }
         scales[r] = scale;
     }
 }

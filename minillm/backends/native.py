@@ -1,4 +1,4 @@
-"""The functions of native.c, where they were built and this CPU can run them: bfloat16 on x86-64 with AVX512-BF16.
+"""The functions of native.c, where built and where this CPU can run them: bfloat16 on x86-64, AVX512-BF16 and -VNNI.
 
 Every function here takes and gives tensors, checks nothing, and does what its namesake in torch operators does
 (cpu.py, quant.py); what is added in float32 there is added in float32 here, in another order.
@@ -21,11 +21,14 @@ Rotation = tuple[Tensor, Tensor]
 FILE = Path(__file__).with_name("_native.so")
 TILE = 16  # rows of 4-bit weights that lie together
 SLOTS_AT_ONCE = 256  # that a thread attends to
-MOST_ROWS = 8  # vectors that a 4-bit product takes at once
+PANEL = 64  # rows that oneDNN puts together
+MOST_ROWS = 8  # vectors that a product takes at once
 
 _ARGUMENTS = {  # p: a pointer, i: an int64, f: a float
     "quantise8": "pppii",
     "quantise4": "pppii",
+    "bf16_linear": "pppiii",
+    "rounded_linear": "ppppppiii",
     "int8_linear": "ppppiii",
     "int4_pack": "ppppii",
     "int4_linear": "ppppiii",
@@ -50,7 +53,7 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"it cannot be loaded ({error}); install minillm again"
     if not library.minillm_runs():
-        return "this CPU lacks AVX512-BF16"
+        return "this CPU lacks AVX512-BF16 or AVX512-VNNI"
     kinds = {"p": c_void_p, "i": c_int64, "f": c_float}
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, "minillm_" + name)  # kept by the library, as [] would not
@@ -100,6 +103,61 @@ def pack_int4(weight: Quantised) -> tuple[Tensor, Tensor]:
         weight.codes.data_ptr(), weight.scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, width
     )
     return codes, scales
+
+
+def panels(packed: Tensor, weight: Tensor) -> int | None:
+    """The address of a weight [N, K], bfloat16 or int8, that oneDNN has packed, if it lies as native.c reads it.
+
+    That is in panels of 64 rows, 4 bytes of each in turn: [N / 64, K / 2 or K / 4, 64, 2 or 4].
+
+    How oneDNN packs depends on the CPU and its version, and is not to be asked; hence the first and last panel are
+    compared.
+    """
+    rows, width = weight.shape
+    together = 4 // weight.element_size()
+    if missing() is not None or rows % PANEL or width % together or not hasattr(torch.ops.mkldnn, "data_ptr"):
+        return None
+    address, size = int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
+    if size < weight.nbytes:
+        return None
+    of_panel = PANEL * width * weight.element_size()
+    for first in (0, rows - PANEL):
+        at = address + first * width * weight.element_size()
+        found = torch.frombuffer((ctypes.c_char * of_panel).from_address(at), dtype=weight.dtype)
+        expected = weight[first : first + PANEL].view(PANEL, -1, together).transpose(0, 1).flatten()
+        if not torch.equal(found, expected):
+            return None
+    return address
+
+
+def bf16_linear(x: Tensor, address: int, out: int) -> Tensor:
+    """x [M, K] bfloat16, M at most 8, times a weight [out, K] in `panels` -> [M, out]."""
+    rows, width = x.shape
+    y = x.new_empty(rows, out)  # [M, N]
+    _function("bf16_linear")(x.data_ptr(), address, y.data_ptr(), rows, out, width)
+    return y
+
+
+def rounded_linear(x: Tensor, address: int, scales: Tensor, shifts: Tensor) -> Tensor:
+    """x [M, K] bfloat16, M at most 8, rounded by `round_rows`, times int8 codes [N, K] in `panels` -> [M, N].
+
+    scales [N] float32; shifts [N] int32: 128 times the sums of the codes of a row.
+    """
+    (rows, width), out = x.shape, len(scales)
+    codes, steps = round_rows(x)
+    y = x.new_empty(rows, out)  # [M, N]
+    _function("rounded_linear")(
+        codes.data_ptr(),
+        steps.data_ptr(),
+        address,
+        scales.data_ptr(),
+        shifts.data_ptr(),
+        y.data_ptr(),
+        rows,
+        out,
+        width,
+    )
+    return y
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -262,7 +320,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> int8 [M, K] and scales float32 [M, 1]."""
-    codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    """x [M, K] -> uint8 [M, K], 128 for zero, and scales float32 [M, 1]."""
+    codes, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
     _function("round")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.shape[0], x.shape[1])
     return codes, scales

@@ -79,13 +79,17 @@ def backends() -> dict[str, Any]:
 
     from ..backends import linear, native
     from ..loader import cpu_has_bfloat16
+    from ..quant import quantise
 
     dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     why = native.missing() or ("" if dtype == torch.bfloat16 else "it computes in bfloat16 alone")
-    packed = (
-        "oneDNN, weights packed once" if linear.can_pack(dtype) else "torch, plain (oneDNN does not multiply it here)"
-    )
-    int8 = "oneDNN, activations rounded to 8 bits" if linear.has_int8() else "dense blocks (torch lacks oneDNN's int8)"
+    packed, int8 = "torch, plain (oneDNN does not multiply it here)", "dense blocks (torch lacks oneDNN's int8)"
+    sample = torch.arange(64 * 32).view(64, 32).to(dtype)  # who multiplies it, multiplies a model
+    if linear.can_pack(dtype):
+        packed = "oneDNN, weights packed once" + _of_few(linear.OneDNNLinear(sample, None).panels)
+    if linear.has_int8():
+        rounded = linear.Int8RoundedLinear(quantise(sample, 8), None)
+        int8 = "oneDNN, activations rounded to 8 bits" + _of_few(None if why else rounded.panels)
     return {
         "dtype auto": f"{str(dtype).removeprefix('torch.')} for checkpoints in 16 bits: "
         + ("the CPU multiplies it" if dtype == torch.bfloat16 else "the CPU has no instructions for bfloat16"),
@@ -112,3 +116,7 @@ def _in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
+
+
+def _of_few(panels: int | None) -> str:
+    return "" if panels is None else "; of few tokens native.c, from the same weights"
