@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .backends import cpu
+from .backends import cpu, native
 from .backends.linear import DenseLinear, Linear, make_linear, quantise
 from .model import Attend, Attention, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
@@ -64,15 +64,27 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         norm, post = self.input_layernorm, self.post_attention_layernorm
         rows = x.flatten(0, 1)  # [B * T, hidden], a view: what is added to it is added to x
+        plain = self.attend is cpu.attend_ and not self.normalises  # nobody listens, and keys are as they are
+        parts = self._whole(len(rows)) if plain else None
+        if parts is not None and cpu.layer_(cache, rows, parts, self.heads, rotation, far_rotation, span):
+            return x
         qkv = self.qkv(cpu.rms_norm(rows, norm.weight, norm.eps))  # [B * T, (H + 2 Hkv) * D]
         y = None
-        if self.attend is cpu.attend_ and not self.normalises:  # nobody listens, and keys are as they are
+        if plain:
             y = cpu.step_(cache, qkv, self.heads, rotation, far_rotation, span)  # [B, H * D]
         if y is None:
             y = self._attend(qkv.unflatten(0, x.shape[:2]), rotation, far_rotation, span, cache)  # [B * T, H * D]
         y = self.gate_up(cpu.rms_norm(rows, post.weight, post.eps, delta=self.o(y)))  # x has grown by what o gave
         rows.add_(self.down(cpu.gated(y)))
         return x
+
+    def _whole(self, rows: int) -> native.Layer | None:
+        """This layer as native.c wants it, if that multiplies all of it for so many rows of activations."""
+        forms = [linear.form for linear in (self.qkv, self.o, self.gate_up, self.down) if rows <= linear.few]
+        if len(forms) < 4 or None in forms:
+            return None
+        norm, post = self.input_layernorm, self.post_attention_layernorm
+        return native.Layer(*forms, norm.weight.data_ptr(), post.weight.data_ptr(), norm.eps, post.eps)
 
     def _attend(
         self, qkv: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache

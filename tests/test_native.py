@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from minillm import quant
 from minillm.backends import cpu, linear, native
 from minillm.cache import KVCache
 from minillm.cli.main import main
+from minillm.config import SCHEMES
 from minillm.eviction import Retention
 from minillm.model import rope
 from minillm.policies import make_policy
@@ -112,10 +115,12 @@ def test_int4_dense_bit_for_bit(rows: int, width: int) -> None:
 @pytest.mark.parametrize("rows", [16, 48, 80])
 def test_int4_linear(rows: int, width: int) -> None:
     weight = quant.quantise(random(rows, width, scale=0.1), 4)
-    packed, dense = native.pack_int4(weight), weight.dense(torch.float64)
+    (codes, scales), dense = native.pack_int4(weight), weight.dense(torch.float64)
+    form = native.form("nibbles", (rows, width), codes.data_ptr(), scales)
+    assert form is not None
     for count in range(1, native.MOST_ROWS + 1):
         x = random(count, width, seed=count)
-        close(native.int4_linear(x, *packed), x.double() @ dense.T, atol=1e-5)
+        close(native.linear(form, x), x.double() @ dense.T, atol=1e-5)
 
 
 @needs_native
@@ -132,9 +137,11 @@ def test_int4_many(count: int, width: int) -> None:
 @pytest.mark.parametrize("width", [32, 96, 1056])
 def test_int8_linear(width: int) -> None:
     weight = quant.quantise(random(37, width, scale=0.1), 8)
+    form = native.form("whole", (37, width), weight.codes.data_ptr(), weight.scales)
+    assert form is not None
     for count in range(1, native.MOST_ROWS + 1):
         x = random(count, width, seed=count)
-        close(native.int8_linear(x, weight.codes, weight.scales), x.double() @ weight.dense(torch.float64).T, atol=1e-5)
+        close(native.linear(form, x), x.double() @ weight.dense(torch.float64).T, atol=1e-5)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ def test_few_rows_do_not_take_onednns_way() -> None:
     numbers = random(128, 64)
     layers = linear.OneDNNLinear(numbers, None), linear.Int8RoundedLinear(native.quantise(numbers, 8), None)
     for layer in layers:
-        if layer.panels is None:
+        if layer.form is None:
             pytest.skip("oneDNN packs in another order here")
         with torch.profiler.profile() as seen:
             layer(random(8, 64))
@@ -438,6 +445,39 @@ def test_a_step_is_rotate_write_and_attend(heads: int, kv_heads: int, dim: int, 
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors[:3], tensors[3:], strict=True))
 
 
+def whole(scheme: Scheme | None, shape: str, *, rows: int, by_parts: bool) -> list[Tensor]:
+    """A decode step of rows at different positions of 48 slots: hidden states, and all that the cache holds."""
+    model = fuse(random_model(SHAPES[shape], BF16), scheme)
+    held = KVCache(model.config, make_policy("window"), Retention(48, 2, 5, 4), rows=rows, dtype=BF16)
+    model(tokens_of(40, rows), held.append(40), held)
+    held.seen = [40 + row for row in range(rows)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu, "layer_", (lambda *_: False) if by_parts else _must)
+        found = model(tokens_of(1, rows), held.append(1), held)
+    return [found] + [tensor for layer in held.layers for tensor in layer.tensors().values()]
+
+
+_LAYER = cpu.layer_
+
+
+def _must(*arguments: Any) -> bool:
+    assert _LAYER(*arguments), "it can be done in one call"
+    return True
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("shape", ["8 over 2 of 64"])
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_a_layer_in_one_call_is_its_parts_bit_for_bit(scheme: str | None, shape: str, rows: int) -> None:
+    given = Scheme(scheme) if scheme else None
+    if scheme == "int4" and native.has_amx() and rows > native.MOST_ROWS // 2:
+        pytest.skip("by AMX, and so in parts")
+    together, apart = (whole(given, shape, rows=rows, by_parts=by_parts) for by_parts in (False, True))
+    for mine, theirs in zip(together, apart, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +502,19 @@ def _int4(rows: int) -> Tensor:
     return linear.Int4NativeLinear(_quantised(4), None).product(random(rows, 96))
 
 
+@cache
+def _linears(rows: int, width: int) -> list[linear.Linear]:
+    """One of every form, with biases.  Made once: how oneDNN packs so few rows depends on the threads, too."""
+    numbers, bias = random(rows, width, scale=0.1), random(rows, seed=1)
+    made: list[linear.Linear] = [linear.OneDNNLinear(numbers, bias)]
+    made += [kind(quant.quantise(numbers, 8), bias) for kind in (linear.Int8RoundedLinear, linear.DenseLinear)]
+    return [*made, linear.Int4NativeLinear(quant.quantise(numbers, 4), bias)]
+
+
+def _whole_step() -> list[Tensor]:
+    return whole(Scheme("int4"), "8 over 2 of 64", rows=2, by_parts=False)
+
+
 def _step() -> Tensor:
     return stepped(rows=2, heads=12, kv_heads=2, dim=64, slots=300, now=(310, 40), sinks=3)[0]
 
@@ -475,12 +528,10 @@ THREADED: dict[str, Callable[[], Tensor]] = {
     "round": lambda: native.round_rows(random(33, 64))[0],
     "quantise8": lambda: _quantised(8).codes,
     "quantise4": lambda: torch.cat((_quantised(4).codes, _quantised(4).scales.view(torch.uint8)), 1),
-    "bf16_linear": lambda: linear.OneDNNLinear(awkward_weights(128, 96), None).product(random(5, 96)),
-    "rounded_linear": lambda: linear.Int8RoundedLinear(_quantised(8, 128), None).product(random(5, 96)),
-    "int8_linear": lambda: native.int8_linear(random(3, 96), _quantised(8).codes, _quantised(8).scales),
+    "linear": lambda: torch.cat([layer(random(5, 64)) for layer in _linears(128, 64)]),
+    "layer": lambda: _whole_step()[0],
     "int4_pack": lambda: native.pack_int4(_quantised(4))[0],
     "int4_dense": lambda: native.int4_dense(*native.pack_int4(_quantised(4)), 0, 96, torch.empty(96, 96, dtype=BF16)),
-    "int4_linear": lambda: _int4(5),
     "int4_many": lambda: _int4(40),
 }
 
@@ -519,6 +570,22 @@ def library(file: Path) -> Iterator[None]:
             function.cache_clear()
 
 
+def _fields(text: str, name: str) -> list[tuple[str, str]]:
+    """Of a structure of native.c: what they are called, and as what ctypes should know them."""
+    body = re.sub(r"//.*", "", re.findall(r"typedef struct {([^}]*)} (\w+);", text)[_names(text).index(name)][0])
+    kinds = {"int64_t": "c_long", "float": "c_float", "Linear": "Linear"}
+    found = []
+    for line in filter(None, map(str.strip, body.split(";"))):
+        first, *more = line.removeprefix("const ").split(",")
+        kind, first = first.split(maxsplit=1)
+        found += [(part.strip(" *"), "c_void_p" if "*" in part else kinds[kind]) for part in (first, *more)]
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [name for _, name in re.findall(r"typedef struct {([^}]*)} (\w+);", text)]
+
+
 def test_the_arguments_are_those_of_the_source() -> None:
     """ctypes takes our word for them: pointers, int64 and float in the order of native.c."""
     kinds = {"int64_t": "i", "float": "f"}
@@ -528,6 +595,10 @@ def test_the_arguments_are_those_of_the_source() -> None:
     }
     assert found == native._ARGUMENTS
     text = SOURCE.read_text("utf-8")
+    for structure in (native.Slots, native.Linear, native.Layer):
+        fields = [(name, kind.__name__) for name, kind in structure._fields_]
+        assert fields == _fields(text, structure.__name__)
+    assert re.search(rf"^enum {{ {', '.join(native.FORMS).upper()} }};", text, re.MULTILINE)
     for name, value in {"TILE": native.TILE, "GROUP": GROUP, "BLOCK": native.SLOTS_AT_ONCE}.items():
         assert re.search(rf"^#define {name} +{value}\b", text, re.MULTILINE), name
 

@@ -203,7 +203,9 @@ def test_dense_blocks(
     monkeypatch.setattr(linear, "DENSE_NUMBERS", 20 * width)  # several blocks, the last one shorter
     weight, bias = quantise(random(rows, width, scale=0.1), count), bias_of(rows, biased, dtype)
     layer = DenseLinear(weight, bias)
-    assert layer.is_native == (count == 8 and width % 32 == 0 and native.missing() is None)
+    assert (layer.form is not None) == (
+        count == 8 and width % 32 == 0 and native.missing() is None and (bias is None or dtype == BF16)
+    )
     assert layer.nbytes == weight.nbytes
     check(layer, weight.dense(torch.float64), bias, dtype)
 
@@ -614,7 +616,7 @@ def test_int8_says_where_nobody_rounds_activations(source: Path) -> None:
     assert opened["reference"].scheme == Scheme("int8-a16")
     layers = [module for module in opened["reference"].load_model().modules() if isinstance(module, DenseLinear)]
     assert layers
-    assert not any(layer.is_native for layer in layers), "the reference is torch alone"
+    assert not any(layer.form for layer in layers), "the reference is torch alone"
 
 
 # --- bytes and sessions -----------------------------------------------------------------------------------------------

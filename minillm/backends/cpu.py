@@ -52,12 +52,31 @@ def step_(
     """A decode step in one call: qkv [B, (H + 2 Hkv) * D] -> [B, H * D], as `rotate` and `attend_` would, if it is one
     that native.c can do whole: one token a row, of which none pushes out another or is watched.
     """
-    policy = layer.policy
-    whole = span.positions.shape[1] == 1 and not (layer.flagged or policy.needs_attention or policy.needs_queries)
-    if not whole or any(map(layer.is_due, span.first)) or not serves_decode(layer, qkv.dtype):
+    if not serves_step(layer, qkv.dtype, span):
         return None
-    reach = min(max(span.first) + 1, layer.retention.slots)
-    return native.step(qkv, rotation, far if layer.far else None, layer, span.positions, heads=heads, reach=reach)
+    far, reach = far if layer.far else None, min(max(span.first) + 1, layer.retention.slots)
+    return native.step(qkv, rotation, far, layer, span.positions, heads=heads, reach=reach)
+
+
+def layer_(
+    layer: LayerCache, x: Tensor, parts: native.Layer, heads: int, rotation: Rotation, far: Rotation | None, span: Span
+) -> bool:
+    """A decode step through a whole layer, whose linear layers native.c multiplies, in one call: changes x [B, hidden].
+
+    False where it cannot be done so, see `step_`; then nothing has happened.
+    """
+    if not serves_step(layer, x.dtype, span):
+        return False
+    far, reach = far if layer.far else None, min(max(span.first) + 1, layer.retention.slots)
+    native.whole_layer(x, parts, rotation, far, layer, span.positions, heads=heads, reach=reach)
+    return True
+
+
+def serves_step(layer: LayerCache, dtype: torch.dtype, span: Span) -> bool:
+    """Whether native.c takes this step as a whole."""
+    policy = layer.policy
+    plain = span.positions.shape[1] == 1 and not (layer.flagged or policy.needs_attention or policy.needs_queries)
+    return plain and not any(map(layer.is_due, span.first)) and serves_decode(layer, dtype)
 
 
 def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:

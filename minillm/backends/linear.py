@@ -60,7 +60,13 @@ def has_int8() -> bool:
 
 
 class Linear(nn.Module):
-    """y = x W^T + bias for x [..., K]; subclasses say how W is kept and multiply two-dimensional x."""
+    """y = x W^T + bias for x [..., K]; subclasses say how W is kept and multiply two-dimensional x.
+
+    form: how native.c multiplies few rows of bfloat16 activations, where it does.
+    """
+
+    form: native.Linear | None = None
+    few = native.MOST_ROWS
 
     def __init__(self, shape: tuple[int, int], bias: Tensor | None) -> None:
         super().__init__()
@@ -72,10 +78,11 @@ class Linear(nn.Module):
         return super().__call__(x) if self._forward_hooks or self._forward_pre_hooks else self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 2:
-            return self.product(x)
-        y = self.product(x.reshape(-1, self.in_features))  # [M, N]
-        return y.view(*x.shape[:-1], self.out_features)
+        if x.ndim != 2:
+            return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        if self.form is not None and x.shape[0] <= self.few and x.dtype == torch.bfloat16:
+            return native.linear(self.form, x.contiguous())  # [M, N]
+        return self.product(x)  # [M, N]
 
     def product(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N], bias included."""
@@ -111,12 +118,11 @@ class OneDNNLinear(Linear):
         super().__init__((weight.shape[0], weight.shape[1]), bias)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: better for many rows, as good for one
         self._nbytes = weight.nbytes
-        self.panels = native.panels(self.packed, weight) if weight.dtype == torch.bfloat16 else None
+        panels = native.panels(self.packed, weight) if weight.dtype == torch.bfloat16 else None
+        if panels is not None:
+            self.form = native.form("pairs", (self.out_features, self.in_features), panels, bias=bias)
 
     def product(self, x: Tensor) -> Tensor:
-        if self.panels is not None and x.shape[0] <= native.MOST_ROWS:
-            y = native.bf16_linear(x.contiguous(), self.panels, self.out_features)  # [M, N]
-            return y if self.bias is None else y.add_(self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     @property
@@ -138,14 +144,13 @@ class Int8RoundedLinear(Linear):
         self.scales = weight.scales.flatten()  # [N]
         self.zeros = torch.zeros(1, dtype=torch.int64)  # for all rows
         self.one, self.zero = torch.ones(()), torch.tensor(ZERO)
-        self.panels = native.panels(self.packed, weight.codes)
-        some = weight.codes.split(256)  # rows: torch sums int8 as int32, and makes that of all of them first
-        self.shifts = torch.cat([codes.sum(1, dtype=torch.int32) for codes in some]) * ZERO  # [N]
+        panels = native.panels(self.packed, weight.codes)
+        if panels is not None:
+            some = weight.codes.split(256)  # rows: torch sums int8 as int32, and makes that of all of them first
+            self.shifts = torch.cat([codes.sum(1, dtype=torch.int32) for codes in some]) * ZERO  # [N]
+            self.form = native.form("rounded", weight.shape, panels, self.scales, self.shifts, bias)
 
     def product(self, x: Tensor) -> Tensor:
-        if self.panels is not None and x.shape[0] <= native.MOST_ROWS and rounds_natively(x):
-            y = native.rounded_linear(x.contiguous(), self.panels, self.scales, self.shifts)  # [M, N]
-            return y if self.bias is None else y.add_(self.bias)
         codes, scales = round_rows(x)  # [M, K], [M, 1]
         y = torch.ops.onednn.qlinear_pointwise(
             codes, self.one, self.zero, self.packed, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
@@ -168,12 +173,10 @@ class DenseLinear(Linear):
     def __init__(self, weight: Quantised, bias: Tensor | None, *, by_native: bool = True) -> None:
         super().__init__(weight.shape, bias)
         self.weight = weight
-        self.is_native = by_native and weight.bits == 8 and self.in_features % 32 == 0 and native.missing() is None
+        if by_native and weight.bits == 8 and native.missing() is None:
+            self.form = native.form("whole", weight.shape, weight.codes.data_ptr(), weight.scales, bias=bias)
 
     def product(self, x: Tensor) -> Tensor:
-        if self.is_native and x.shape[0] <= native.MOST_ROWS and x.dtype == torch.bfloat16:
-            y = native.int8_linear(x, self.weight.codes, self.weight.scales)  # [M, N]
-            return y if self.bias is None else y.add_(self.bias)
         y = x.new_empty(x.shape[0], self.out_features)  # [M, N]
         for start, stop in blocks(self.out_features, self.in_features, DENSE_NUMBERS):
             part = Quantised(self.weight.codes[start:stop], self.weight.scales[start:stop])
@@ -215,12 +218,12 @@ class Int4NativeLinear(Linear):
     def __init__(self, weight: Quantised, bias: Tensor | None) -> None:
         super().__init__(weight.shape, bias)
         self.codes, self.scales = native.pack_int4(weight)
+        self.form = native.form("nibbles", weight.shape, self.codes.data_ptr(), self.scales, bias=bias)
+        self.by_amx = native.has_amx() and self.out_features % 32 == 0
+        self.few = native.MOST_ROWS // 2 if self.by_amx else native.MOST_ROWS
 
     def product(self, x: Tensor) -> Tensor:
-        by_amx = native.has_amx() and self.out_features % 32 == 0
-        if x.shape[0] <= (native.MOST_ROWS // 2 if by_amx else native.MOST_ROWS):
-            y = native.int4_linear(x.contiguous(), self.codes, self.scales)  # [M, N]
-        elif by_amx:
+        if self.by_amx:
             y = native.int4_many(x.contiguous(), self.codes, self.scales)
         else:
             y = x.new_empty(x.shape[0], self.out_features)

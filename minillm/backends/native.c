@@ -11,6 +11,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,6 +36,8 @@ INLINE __m512 load16(const bf16 *x) { return widen(_mm256_loadu_si256((const __m
 INLINE void store16(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 INLINE __m512bh load32(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+INLINE float of_bf16(bf16 x) { return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32((int32_t)x << 16))); }
 
 // e^x to about 2 units of float32's last place, for x <= 0.
 INLINE __m512 exponential(__m512 x) {
@@ -155,9 +158,9 @@ INLINE void int4_tile(const bf16 *x, const uint8_t *codes, const bf16 *scales, b
     for (int m = 0; m < rows; m++) store16(y + m * n, total[m]);
 }
 
-// y [m, n] = x [m, k] W^T for 1..8 rows.  codes: n / 16 tiles of k / 8 x 16 lanes; scales bf16: n / 16 tiles of k / 32 x 16.
-KERNEL void minillm_int4_linear(const bf16 *x, const uint8_t *codes, const bf16 *scales, bf16 *y, int64_t m, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
+// y [m, n] = x [m, k] W^T for 1..8 rows.  codes: n / 16 tiles of k / 8 x 16 lanes; scales: n / 16 tiles of k / 32 x 16.
+KERNEL static void multiply_nibbles(const bf16 *x, const uint8_t *codes, const bf16 *scales, bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp for schedule(static)
     for (int64_t tile = 0; tile < n / TILE; tile++) {
         const uint8_t *c = codes + tile * TILE * k / 2;
         const bf16 *s = scales + tile * TILE * k / GROUP;
@@ -280,9 +283,9 @@ INLINE void bf16_panel(const bf16 *x, const bf16 *weights, bf16 *y, int rows, in
         for (int q = 0; q < 4; q++) store16(y + m * n + 16 * q, (__m512)sum[m][q]);
 }
 
-// y [m, n] = x [m, k] W^T; weights bf16: n / 64 panels of k / 2 x 64 x 2.
-KERNEL void minillm_bf16_linear(const bf16 *x, const bf16 *weights, bf16 *y, int64_t m, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
+// y [m, n] = x [m, k] W^T; weights: n / 64 panels of k / 2 x 64 x 2.
+KERNEL static void multiply_pairs(const bf16 *x, const bf16 *weights, bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp for schedule(static)
     for (int64_t panel = 0; panel < n / PANEL; panel++)
         for (int64_t i = 0; i < m; i += 4) { // a panel is read from memory once, then from the cache
             const bf16 *from = x + i * k, *w = weights + panel * PANEL * k;
@@ -310,11 +313,11 @@ INLINE void int8_panel(const uint8_t *x, const float *x_scales, const int8_t *we
     }
 }
 
-// The same with int8 weights, n / 64 panels of k / 4 x 64 x 4, and x rounded by minillm_round: x - 128 is what it means, so
+// The same with int8 weights, n / 64 panels of k / 4 x 64 x 4, and x rounded by round_row: x - 128 is what it means, so
 // shifts [n] = 128 times the sum of a row of weights.
-KERNEL void minillm_rounded_linear(const uint8_t *x, const float *x_scales, const int8_t *weights, const float *scales, const int32_t *shifts,
-                                   bf16 *y, int64_t m, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
+KERNEL static void multiply_rounded(const uint8_t *x, const float *x_scales, const int8_t *weights, const float *scales,
+                                    const int32_t *shifts, bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp for schedule(static)
     for (int64_t panel = 0; panel < n / PANEL; panel++)
         for (int64_t i = 0; i < m; i += 4) {
             const uint8_t *from = x + i * k;
@@ -355,8 +358,8 @@ INLINE void int8_row(const float *x, const int8_t *codes, float scale, bf16 *y, 
 }
 
 // y [m, n] = x [m, k] W^T for 1 .. 8 rows of float32; codes [n, k], k a multiple of 32; scales [n].
-KERNEL void minillm_int8_linear(const float *x, const int8_t *codes, const float *scales, bf16 *y, int64_t m, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
+KERNEL static void multiply_whole(const float *x, const int8_t *codes, const float *scales, bf16 *y, int64_t m, int64_t n, int64_t k) {
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < n; row++)
         switch (m) {
         case 1: int8_row(x, codes + row * k, scales[row], y + row, 1, n, k); break;
@@ -670,31 +673,45 @@ KERNEL static void attend_heads(const bf16 *q, const bf16 *far, int64_t asked, i
         attend_block(q + g * dim, far ? far + g * dim : far, asked, 1, keys, values, positions, slots, dim, view, part + g * (dim + 2));
 }
 
-// out [rows, heads, dim] of queries q [rows, heads, dim] (rows q_stride apart), each row at its position now[row], over the
-// first `reach` slots of keys, values [rows, kv_heads, slots, dim], positions [rows, kv_heads, slots].  Seen are positions
-// > now - window and sinks; the slots of the sinks are asked with far [rows, heads, dim] where that is given.
-// parts: scratch, rows * heads * ceil(reach / 256) * (dim + 2).
-KERNEL void minillm_attend(const bf16 *q, int64_t q_stride, const bf16 *far, int64_t far_stride, const bf16 *keys, const bf16 *values,
-                           const int32_t *positions, bf16 *out, float *parts, const int64_t *now, int64_t window, int64_t sinks, int64_t rows,
-                           int64_t heads, int64_t kv_heads, int64_t slots, int64_t reach, int64_t dim, int64_t amx) {
-    const int64_t group = heads / kv_heads, cuts = (reach + BLOCK - 1) / BLOCK, stride = dim + 2;
+// The slots of a layer, and where in its life it is: slots.py.  Rows are at positions now[row]; the first `reach` slots may
+// hold something.  Seen are positions > now - window, and from any distance those of `sinks`.
+typedef struct {
+    bf16 *keys, *values; // [rows, kv_heads, slots, dim]
+    int32_t *positions; // [rows, kv_heads, slots]
+    const int64_t *free; // [rows, kv_heads, every]: the slots that the last eviction freed
+    const int64_t *now;
+    int64_t window, sinks, rows, kv_heads, slots, every, reach, dim;
+    int64_t heads; // of queries
+    int64_t amx;
+    const bf16 *cos, *sin; // [rows, dim] for tokens at `now`
+    const bf16 *far_cos, *far_sin; // what turns the queries for sinks; or NULL
+} Slots;
+
+static int64_t parts_of(const Slots *c) { return c->rows * c->heads * ((c->reach + BLOCK - 1) / BLOCK) * (c->dim + 2); }
+
+// out [rows, heads, dim] of queries q [rows, heads, dim] (rows q_stride apart); the slots of the sinks are asked with `far`
+// where that is given.  parts: scratch, parts_of(c).
+KERNEL static void attend(const Slots *c, const bf16 *q, int64_t q_stride, const bf16 *far, int64_t far_stride, bf16 *out, float *parts) {
+    const int64_t heads = c->heads, kv_heads = c->kv_heads, dim = c->dim, window = c->window, sinks = c->sinks;
+    const int64_t group = heads / kv_heads, cuts = (c->reach + BLOCK - 1) / BLOCK, stride = dim + 2;
     const int64_t pieces = (group + MOST_GROUP - 1) / MOST_GROUP; // groups of more than 8 query heads are taken apart
-    const int64_t tasks = rows * kv_heads * pieces * cuts;
-#pragma omp parallel for schedule(static)
+    const int64_t tasks = c->rows * kv_heads * pieces * cuts;
+#pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t cut = task % cuts, piece = task / cuts % pieces, kv = task / cuts / pieces, row = kv / kv_heads;
-        int64_t first = cut * BLOCK, many = reach - first < BLOCK ? reach - first : BLOCK;
+        int64_t first = cut * BLOCK, many = c->reach - first < BLOCK ? c->reach - first : BLOCK;
         int64_t head = piece * MOST_GROUP, count = group - head < MOST_GROUP ? group - head : MOST_GROUP;
-        int64_t query = (kv % kv_heads) * group + head, at = kv * slots + first;
-        View view = {(int32_t)now[row], (int32_t)(now[row] - window + 1 > 0 ? now[row] - window + 1 : 0), (int32_t)sinks};
+        int64_t query = (kv % kv_heads) * group + head, at = kv * c->slots + first, now = c->now[row];
+        View view = {(int32_t)now, (int32_t)(now - window + 1 > 0 ? now - window + 1 : 0), (int32_t)sinks};
         const bf16 *from_far = far ? far + row * far_stride + query * dim : far;
         // the parts of one cut lie together: [rows, kv_heads, pieces, cuts] x up to 8 heads
         float *part = parts + ((kv * group + head) * cuts + cut * count) * stride;
         int64_t asked = far && sinks > first ? sinks - first : 0;
-        attend_heads(q + row * q_stride + query * dim, from_far, asked, count, keys + at * dim, values + at * dim, positions + at, many, dim,
-                     view, part, amx);
+        attend_heads(q + row * q_stride + query * dim, from_far, asked, count, c->keys + at * dim, c->values + at * dim, c->positions + at,
+                     many, dim, view, part, c->amx);
     }
-    for (int64_t item = 0; item < rows * heads; item++) {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < c->rows * heads; item++) {
         int64_t kv = item / group, g = item % group, head = g / MOST_GROUP * MOST_GROUP;
         int64_t count = group - head < MOST_GROUP ? group - head : MOST_GROUP;
         const float *mine = parts + ((kv * group + head) * cuts + g - head) * stride;
@@ -716,6 +733,11 @@ KERNEL void minillm_attend(const bf16 *q, int64_t q_stride, const bf16 *far, int
     }
 }
 
+KERNEL void minillm_attend(const Slots *c, const bf16 *q, int64_t q_stride, const bf16 *far, int64_t far_stride, bf16 *out, float *parts) {
+#pragma omp parallel
+    attend(c, q, q_stride, far, far_stride, out, parts);
+}
+
 // ---- one token per row, from its projections to what it attends to ----
 
 INLINE void rotate_head(const bf16 *head, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t dim) {
@@ -726,68 +748,76 @@ INLINE void rotate_head(const bf16 *head, const bf16 *cos, const bf16 *sin, bf16
     }
 }
 
-// qkv [rows, heads + 2 kv_heads, dim] of tokens at positions now[row]: turns queries and keys by cos and sin [rows, dim],
-// writes key, value and position into the slot where they belong - the position itself while there are slots, then those
-// that the last eviction freed, free [rows, kv_heads, every] - and attends, see minillm_attend.
-// queries: scratch, rows * heads * dim, twice that where far_cos and far_sin turn the queries for sinks.
-KERNEL void minillm_step(const bf16 *qkv, const bf16 *cos, const bf16 *sin, const bf16 *far_cos, const bf16 *far_sin, bf16 *keys, bf16 *values,
-                         int32_t *positions, const int64_t *free, bf16 *queries, bf16 *out, float *parts, const int64_t *now, int64_t window,
-                         int64_t sinks, int64_t rows, int64_t heads, int64_t kv_heads, int64_t slots, int64_t every, int64_t reach, int64_t dim,
-                         int64_t amx) {
-    bf16 *far = far_cos ? queries + rows * heads * dim : NULL;
-    for (int64_t row = 0; row < rows; row++) {
-        const bf16 *token = qkv + row * (heads + 2 * kv_heads) * dim;
-        for (int64_t h = 0; h < heads; h++) {
-            rotate_head(token + h * dim, cos + row * dim, sin + row * dim, queries + (row * heads + h) * dim, dim);
-            if (far) rotate_head(token + h * dim, far_cos + row * dim, far_sin + row * dim, far + (row * heads + h) * dim, dim);
+// qkv [rows, heads + 2 kv_heads, dim] of the tokens at `now`: turns queries and keys, writes key, value and position into
+// the slot where they belong - the position itself while there are slots, then those that the last eviction freed - and
+// attends: out [rows, heads, dim].  queries: scratch, 2 x rows x heads x dim.
+KERNEL static void step(const Slots *c, const bf16 *qkv, bf16 *queries, bf16 *out, float *parts) {
+    const int64_t heads = c->heads, kv_heads = c->kv_heads, dim = c->dim, every = c->every;
+    bf16 *far = c->far_cos ? queries + c->rows * heads * dim : NULL;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t row = 0; row < c->rows; row++)
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            const bf16 *head = qkv + (row * (heads + 2 * kv_heads) + h) * dim, *cos = c->cos + row * dim, *sin = c->sin + row * dim;
+            if (h < heads) {
+                rotate_head(head, cos, sin, queries + (row * heads + h) * dim, dim);
+                if (far) rotate_head(head, c->far_cos + row * dim, c->far_sin + row * dim, far + (row * heads + h) * dim, dim);
+                continue;
+            }
+            int64_t kv = row * kv_heads + h - heads, now = c->now[row];
+            int64_t at = kv * c->slots + (now < c->slots ? now : c->free[kv * every + (now - c->slots) % every]);
+            rotate_head(head, cos, sin, c->keys + at * dim, dim);
+            memcpy(c->values + at * dim, head + kv_heads * dim, dim * sizeof(bf16));
+            c->positions[at] = (int32_t)now;
         }
-        for (int64_t kv = 0; kv < kv_heads; kv++) {
-            int64_t head = row * kv_heads + kv;
-            int64_t slot = now[row] < slots ? now[row] : free[head * every + (now[row] - slots) % every];
-            int64_t at = head * slots + slot;
-            rotate_head(token + (heads + kv) * dim, cos + row * dim, sin + row * dim, keys + at * dim, dim);
-            memcpy(values + at * dim, token + (heads + kv_heads + kv) * dim, dim * sizeof(bf16));
-            positions[at] = (int32_t)now[row];
-        }
-    }
-    minillm_attend(queries, heads * dim, far, heads * dim, keys, values, positions, out, parts, now, window, sinks, rows, heads, kv_heads, slots,
-                   reach, dim, amx);
+    attend(c, queries, heads * dim, far, heads * dim, out, parts);
+}
+
+KERNEL void minillm_step(const Slots *c, const bf16 *qkv, bf16 *queries, bf16 *out, float *parts) {
+#pragma omp parallel
+    step(c, qkv, queries, out, parts);
 }
 
 // ---- around the linear layers ----
 
-// x [rows, size] += delta (where there is one); y = x / sqrt(mean(x^2) + eps) * weight.
+// row [size] += delta (where there is one); y = row / sqrt(mean(row^2) + eps) * weight.
+INLINE void norm_row(bf16 *row, const bf16 *delta, const bf16 *weight, bf16 *y, int64_t size, float eps) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        __m512 value = load16(row + i);
+        if (delta) {
+            store16(row + i, _mm512_add_ps(value, load16(delta + i)));
+            value = load16(row + i); // as rounded, so that it is what the next reader sees
+        }
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += 16) store16(y + i, _mm512_mul_ps(_mm512_mul_ps(load16(row + i), factor), load16(weight + i)));
+}
+
 KERNEL void minillm_rms_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *y, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for schedule(static) if (rows > 8)
-    for (int64_t r = 0; r < rows; r++) {
-        bf16 *row = x + r * size;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < size; i += 16) {
-            __m512 value = load16(row + i);
-            if (delta) {
-                store16(row + i, _mm512_add_ps(value, load16(delta + r * size + i)));
-                value = load16(row + i); // as rounded, so that it is what the next reader sees
-            }
-            squares = _mm512_fmadd_ps(value, value, squares);
-        }
-        __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)size + eps));
-        for (int64_t i = 0; i < size; i += 16)
-            store16(y + r * size + i, _mm512_mul_ps(_mm512_mul_ps(load16(row + i), factor), load16(weight + i)));
-    }
+    for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, delta ? delta + r * size : delta, weight, y + r * size, size, eps);
+}
+
+// y [16] = silu(gate) * up.
+INLINE void gate16(const bf16 *gates, const bf16 *ups, bf16 *y) {
+    __m512 gate = load16(gates), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate))); // never overflows
+    __m512 one = _mm512_set1_ps(1.0f), above = _mm512_div_ps(one, _mm512_add_ps(one, e));
+    __mmask16 negative = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
+    __m512 sigmoid = _mm512_mask_mul_ps(above, negative, above, e);
+    store16(y, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), load16(ups)));
 }
 
 // y [rows, size] = silu(gate) * up, of x [rows, 2 size]: gate, then up.
-KERNEL void minillm_gated(const bf16 *x, bf16 *y, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows > 8)
+KERNEL static void gated(const bf16 *x, bf16 *y, int64_t rows, int64_t size) {
+#pragma omp for collapse(2) schedule(static)
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < size; i += 16) {
-            __m512 gate = load16(x + 2 * r * size + i), up = load16(x + (2 * r + 1) * size + i);
-            __m512 size_of = _mm512_abs_ps(gate), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), size_of)); // never overflows
-            __m512 one = _mm512_set1_ps(1.0f), above = _mm512_div_ps(one, _mm512_add_ps(one, e));
-            __mmask16 negative = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
-            __m512 sigmoid = _mm512_mask_mul_ps(above, negative, above, e);
-            store16(y + r * size + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
-        }
+        for (int64_t i = 0; i < size; i += 16) gate16(x + 2 * r * size + i, x + (2 * r + 1) * size + i, y + r * size + i);
+}
+
+KERNEL void minillm_gated(const bf16 *x, bf16 *y, int64_t rows, int64_t size) {
+#pragma omp parallel if (rows > 8)
+    gated(x, y, rows, size);
 }
 
 // Turns the pairs (x[i], x[i + dim / 2]) of `heads` heads of x [tokens, stride]: y [tokens, heads, dim] = x cos + roll(x) sin.
@@ -798,19 +828,135 @@ KERNEL void minillm_rotate(const bf16 *x, int64_t stride, const bf16 *cos, const
             rotate_head(x + t * stride + h * dim, cos + t * dim, sin + t * dim, y + (t * heads + h) * dim, dim);
 }
 
-// codes [rows, size] = x / scale, rounded, + 128, with scale [rows] = the largest |x| of the row / 127.
+// codes [size] = row / scale, rounded, + 128; the scale is the largest |x| of the row / 127.
+INLINE float round_row(const bf16 *row, uint8_t *codes, int64_t size) {
+    __m512 largest = _mm512_set1_ps(1e-30f);
+    for (int64_t i = 0; i < size; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load16(row + i)));
+    float scale = _mm512_reduce_max_ps(largest) / 127.0f;
+    __m512 steps = _mm512_set1_ps(1.0f / scale);
+    for (int64_t i = 0; i < size; i += 16) {
+        __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load16(row + i), steps)), _mm512_set1_epi32(128));
+        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8(code));
+    }
+    return scale;
+}
+
 KERNEL void minillm_round(const bf16 *x, uint8_t *codes, float *scales, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows > 8)
-    for (int64_t r = 0; r < rows; r++) {
-        const bf16 *row = x + r * size;
-        __m512 largest = _mm512_set1_ps(1e-30f);
-        for (int64_t i = 0; i < size; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load16(row + i)));
-        float scale = _mm512_reduce_max_ps(largest) / 127.0f;
-        __m512 steps = _mm512_set1_ps(1.0f / scale);
-        for (int64_t i = 0; i < size; i += 16) {
-            __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load16(row + i), steps)), _mm512_set1_epi32(128));
-            _mm_storeu_si128((__m128i *)(codes + r * size + i), _mm512_cvtepi32_epi8(code));
-        }
-        scales[r] = scale;
+    for (int64_t r = 0; r < rows; r++) scales[r] = round_row(x + r * size, codes + r * size, size);
+}
+
+// ---- linear layers of few tokens, and a whole layer of one token per row ----
+// A step is some ten thousand microseconds in some two hundred pieces: what lies between the pieces counts.  So a layer is
+// one team of threads from end to end, and the functions above that have no `parallel` of their own share its work.
+
+enum { PAIRS, ROUNDED, WHOLE, NIBBLES };
+
+typedef struct {
+    int64_t form, n, k;
+    const void *weights, *scales; // as multiply_pairs and its sisters want them
+    const int32_t *shifts; // ROUNDED
+    const bf16 *bias; // [n], or NULL
+} Linear;
+
+static int64_t linear_scratch(const Linear *l, int64_t m) {
+    return l->form == ROUNDED ? m * (l->k + (int64_t)sizeof(float)) : l->form == WHOLE ? m * l->k * (int64_t)sizeof(float) : 0;
+}
+
+// y [m, n] = x [m, k] W^T + bias for 1 .. 8 rows.  scratch: linear_scratch bytes.
+KERNEL static void multiply(const Linear *l, const bf16 *x, bf16 *y, int64_t m, void *scratch) {
+    const int64_t n = l->n, k = l->k;
+    float *numbers = scratch;
+    uint8_t *codes = (uint8_t *)(numbers + m);
+    switch (l->form) {
+    case PAIRS: multiply_pairs(x, l->weights, y, m, n, k); break;
+    case NIBBLES: multiply_nibbles(x, l->weights, l->scales, y, m, n, k); break;
+    case ROUNDED:
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < m; r++) numbers[r] = round_row(x + r * k, codes + r * k, k);
+        multiply_rounded(codes, numbers, l->weights, l->scales, l->shifts, y, m, n, k);
+        break;
+    default:
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m * k; i += 16) _mm512_storeu_ps(numbers + i, load16(x + i));
+        multiply_whole(numbers, l->weights, l->scales, y, m, n, k);
     }
+    if (!l->bias) return;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t i = 0; i < n; i++) {
+            bf16 sum[16];
+            store16(sum, _mm512_set1_ps(of_bf16(y[r * n + i]) + of_bf16(l->bias[i])));
+            y[r * n + i] = sum[0];
+        }
+}
+
+KERNEL void minillm_linear(const Linear *l, const bf16 *x, bf16 *y, int64_t m) {
+    uint8_t *scratch = malloc(linear_scratch(l, m) + 1); // kilobytes: where they are missing, nothing else would go on
+#pragma omp parallel
+    multiply(l, x, y, m, scratch);
+    free(scratch);
+}
+
+typedef struct {
+    Linear qkv, o, gate_up, down;
+    const bf16 *norm, *post; // weights of the norms before attention and before the feed-forward
+    float norm_eps, post_eps;
+} Layer;
+
+// Where a layer keeps what it computes on its way, each behind the other in `scratch`.
+typedef struct {
+    bf16 *normed, *wide, *queries, *attended, *delta, *gated;
+    float *parts;
+    void *rounded;
+    int64_t bytes;
+} Room;
+
+static void *take(uint8_t *scratch, int64_t *bytes, int64_t count, int64_t size) {
+    void *at = scratch + *bytes;
+    *bytes += (count * size + 63) / 64 * 64;
+    return at;
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static Room rooms(const Layer *layer, const Slots *c, uint8_t *scratch) {
+    const int64_t rows = c->rows, hidden = layer->o.n, of_queries = rows * c->heads * c->dim, size = sizeof(bf16);
+    const Linear *all[] = {&layer->qkv, &layer->o, &layer->gate_up, &layer->down};
+    int64_t rounded = 0;
+    for (int i = 0; i < 4; i++) rounded = larger(rounded, linear_scratch(all[i], rows));
+    Room room = {.bytes = 0};
+    room.normed = take(scratch, &room.bytes, rows * hidden, size);
+    room.wide = take(scratch, &room.bytes, rows * larger(layer->qkv.n, layer->gate_up.n), size);
+    room.queries = take(scratch, &room.bytes, 2 * of_queries, size);
+    room.attended = take(scratch, &room.bytes, of_queries, size);
+    room.delta = take(scratch, &room.bytes, rows * hidden, size);
+    room.gated = take(scratch, &room.bytes, rows * layer->down.k, size);
+    room.parts = take(scratch, &room.bytes, parts_of(c), sizeof(float));
+    room.rounded = take(scratch, &room.bytes, rounded, 1);
+    return room;
+}
+
+// x [rows, hidden] of the tokens at `now`, through a layer: fused.py.
+KERNEL void minillm_layer(const Layer *layer, const Slots *c, bf16 *x) {
+    const int64_t rows = c->rows, hidden = layer->o.n, middle = layer->down.k;
+    uint8_t *scratch = malloc(rooms(layer, c, NULL).bytes);
+    const Room room = rooms(layer, c, scratch);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) norm_row(x + r * hidden, NULL, layer->norm, room.normed + r * hidden, hidden, layer->norm_eps);
+        multiply(&layer->qkv, room.normed, room.wide, rows, room.rounded);
+        step(c, room.wide, room.queries, room.attended, room.parts);
+        multiply(&layer->o, room.attended, room.delta, rows, room.rounded);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            norm_row(x + r * hidden, room.delta + r * hidden, layer->post, room.normed + r * hidden, hidden, layer->post_eps);
+        multiply(&layer->gate_up, room.normed, room.wide, rows, room.rounded);
+        gated(room.wide, room.gated, rows, middle);
+        multiply(&layer->down, room.gated, room.delta, rows, room.rounded);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * hidden; i += 16) store16(x + i, _mm512_add_ps(load16(x + i), load16(room.delta + i)));
+    }
+    free(scratch);
 }

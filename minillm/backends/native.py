@@ -27,20 +27,48 @@ MOST_ROWS = 8  # vectors that a product takes at once
 _ARGUMENTS = {  # p: a pointer, i: an int64, f: a float
     "quantise8": "pppii",
     "quantise4": "pppii",
-    "bf16_linear": "pppiii",
-    "rounded_linear": "ppppppiii",
-    "int8_linear": "ppppiii",
     "int4_pack": "ppppii",
-    "int4_linear": "ppppiii",
     "int4_dense": "pppiii",
     "int4_many": "ppppppiii",
-    "attend": "pipipppppp" + "iiiiiiiii",
-    "step": "ppppppppppppp" + "iiiiiiiiii",
+    "attend": "ppipipp",
+    "step": "ppppp",
+    "linear": "pppi",
+    "layer": "ppp",
     "rms_norm": "ppppiif",
     "gated": "ppii",
     "rotate": "pipppiii",
     "round": "pppii",
 }
+
+
+class Slots(ctypes.Structure):
+    """A layer's slots and where in its life it is, for one token a row; explained in native.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values", "positions", "free", "now")),
+        *((name, c_int64) for name in ("window", "sinks", "rows", "kv_heads", "slots", "every", "reach", "dim")),
+        *((name, c_int64) for name in ("heads", "amx")),
+        *((name, c_void_p) for name in ("cos", "sin", "far_cos", "far_sin")),
+    ]
+
+
+class Linear(ctypes.Structure):
+    """A linear layer for few rows of activations: one of the FORMS, its shape, and where its weights are."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("form", "n", "k")),
+        *((name, c_void_p) for name in ("weights", "scales", "shifts", "bias")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """The linear layers and norms of a layer."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm", "post")),
+        *((name, c_float) for name in ("norm_eps", "post_eps")),
+    ]
 
 
 @cache
@@ -130,49 +158,34 @@ def panels(packed: Tensor, weight: Tensor) -> int | None:
     return address
 
 
-def bf16_linear(x: Tensor, address: int, out: int) -> Tensor:
-    """x [M, K] bfloat16, M at most 8, times a weight [out, K] in `panels` -> [M, out]."""
-    rows, width = x.shape
-    y = x.new_empty(rows, out)  # [M, N]
-    _function("bf16_linear")(x.data_ptr(), address, y.data_ptr(), rows, out, width)
-    return y
+FORMS = ("pairs", "rounded", "whole", "nibbles")
 
 
-def rounded_linear(x: Tensor, address: int, scales: Tensor, shifts: Tensor) -> Tensor:
-    """x [M, K] bfloat16, M at most 8, rounded by `round_rows`, times int8 codes [N, K] in `panels` -> [M, N].
+def form(
+    kind: str,
+    shape: tuple[int, int],
+    weights: int,
+    scales: Tensor | None = None,
+    shifts: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Linear | None:
+    """A layer that `linear` multiplies, or None.  The tensors are the caller's to keep.
 
-    scales [N] float32; shifts [N] int32: 128 times the sums of the codes of a row.
+    pairs    weights bfloat16 [N, K] in `panels`
+    rounded  weights int8 in panels, scales float32 [N], shifts int32 [N]: 128 times the sum of a row; x is rounded
+    whole    weights int8 [N, K], scales float32 [N]
+    nibbles  weights and scales as `pack_int4` gives them
     """
-    (rows, width), out = x.shape, len(scales)
-    codes, steps = round_rows(x)
-    y = x.new_empty(rows, out)  # [M, N]
-    _function("rounded_linear")(
-        codes.data_ptr(),
-        steps.data_ptr(),
-        address,
-        scales.data_ptr(),
-        shifts.data_ptr(),
-        y.data_ptr(),
-        rows,
-        out,
-        width,
-    )
-    return y
+    if shape[1] % 32 or (bias is not None and bias.dtype != torch.bfloat16):
+        return None
+    parts = (None if part is None else part.data_ptr() for part in (scales, shifts, bias))
+    return Linear(FORMS.index(kind), *shape, weights, *parts)
 
 
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """x [M, K] bfloat16, M at most 8, times int8 codes [N, K] and float32 scales [N, 1] -> [M, N]."""
-    rows, width, out = x.shape[0], x.shape[1], codes.shape[0]
-    y, wide = x.new_empty(rows, out), x.to(torch.float32)  # [M, N], [M, K]
-    _function("int8_linear")(wide.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, out, width)
-    return y
-
-
-def int4_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """x [M, K] bfloat16, M at most 8, times packed weights [N, K] -> [M, N]."""
-    rows, width, out = x.shape[0], x.shape[1], codes.shape[0] * TILE
-    y = x.new_empty(rows, out)  # [M, N]
-    _function("int4_linear")(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, out, width)
+def linear(form: Linear, x: Tensor) -> Tensor:
+    """x [M, K] bfloat16, M at most 8, times a weight [N, K] -> [M, N]."""
+    y = x.new_empty(x.shape[0], form.n)  # [M, N]
+    _function("linear")(ctypes.byref(form), x.data_ptr(), y.data_ptr(), x.shape[0])
     return y
 
 
@@ -224,30 +237,19 @@ def attend(
     batch, heads, _, dim = q.shape
     q = q if q.stride(1) == dim else q.contiguous()  # the heads of a row lie side by side
     far = far if far is None or far.stride(1) == dim else far.contiguous()
-    kv_heads, slots = keys.shape[1], keys.shape[2]
     out = q.new_empty(batch, heads, 1, dim)
-    cuts = -(-reach // SLOTS_AT_ONCE)
-    parts = q.new_empty(batch * heads * cuts * (dim + 2), dtype=torch.float32)
+    slots = Slots(keys.data_ptr(), values.data_ptr(), positions.data_ptr(), None, now.data_ptr(), window, sinks, batch)
+    slots.kv_heads, slots.slots, slots.reach, slots.dim = keys.shape[1], keys.shape[2], reach, dim
+    slots.heads, slots.amx = heads, has_amx()
+    parts = _parts(q, slots)
     _function("attend")(
+        ctypes.byref(slots),
         q.data_ptr(),
         q.stride(0),
         None if far is None else far.data_ptr(),
         0 if far is None else far.stride(0),
-        keys.data_ptr(),
-        values.data_ptr(),
-        positions.data_ptr(),
         out.data_ptr(),
         parts.data_ptr(),
-        now.data_ptr(),
-        window,
-        sinks,
-        batch,
-        heads,
-        kv_heads,
-        slots,
-        reach,
-        dim,
-        has_amx(),
     )
     return out
 
@@ -260,36 +262,59 @@ def step(
     rotation, far: cos and sin [B, 1, 1, D] for positions now [B, 1]; far: for what asks the sinks.  Nothing may be due
     to be evicted.
     """
+    slots = _slots(rotation, far, layer, now, heads, reach)
+    queries = qkv.new_empty(2 * slots.rows * heads * slots.dim)
+    out = qkv.new_empty(slots.rows, heads * slots.dim)
+    parts = _parts(qkv, slots)
+    _function("step")(ctypes.byref(slots), qkv.data_ptr(), queries.data_ptr(), out.data_ptr(), parts.data_ptr())
+    return out
+
+
+def whole_layer(
+    x: Tensor,
+    parts: Layer,
+    rotation: Rotation,
+    far: Rotation | None,
+    layer: LayerCache,
+    now: Tensor,
+    *,
+    heads: int,
+    reach: int,
+) -> None:
+    """One token a row, x [B, hidden], through a layer: the products of `parts` around a `step`; changes x."""
+    slots = _slots(rotation, far, layer, now, heads, reach)
+    _function("layer")(ctypes.byref(parts), ctypes.byref(slots), x.data_ptr())
+
+
+def _slots(rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Tensor, heads: int, reach: int) -> Slots:
     rows, kv_heads, slots, dim = layer.keys.shape
-    queries = qkv.new_empty((1 if far is None else 2) * rows * heads * dim)
-    out = qkv.new_empty(rows, heads * dim)
-    parts = qkv.new_empty(rows * heads * -(-reach // SLOTS_AT_ONCE) * (dim + 2), dtype=torch.float32)
-    _function("step")(
-        qkv.data_ptr(),
-        rotation[0].data_ptr(),
-        rotation[1].data_ptr(),
-        None if far is None else far[0].data_ptr(),
-        None if far is None else far[1].data_ptr(),
+    return Slots(
         layer.keys.data_ptr(),
         layer.values.data_ptr(),
         layer.positions.data_ptr(),
         layer.free.data_ptr(),
-        queries.data_ptr(),
-        out.data_ptr(),
-        parts.data_ptr(),
         now.data_ptr(),
         1 << 31 if layer.window is None else layer.window,
         layer.retention.sinks if layer.far else 0,
         rows,
-        heads,
         kv_heads,
         slots,
         layer.retention.evict_every,
         reach,
         dim,
+        heads,
         has_amx(),
+        rotation[0].data_ptr(),
+        rotation[1].data_ptr(),
+        None if far is None else far[0].data_ptr(),
+        None if far is None else far[1].data_ptr(),
     )
-    return out
+
+
+def _parts(like: Tensor, slots: Slots) -> Tensor:
+    """Room for what the blocks of slots give, before it is put together."""
+    cuts = -(-slots.reach // SLOTS_AT_ONCE)
+    return like.new_empty(slots.rows * slots.heads * cuts * (slots.dim + 2), dtype=torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:

@@ -86,10 +86,10 @@ def backends() -> dict[str, Any]:
     packed, int8 = "torch, plain (oneDNN does not multiply it here)", "dense blocks (torch lacks oneDNN's int8)"
     sample = torch.arange(64 * 32).view(64, 32).to(dtype)  # who multiplies it, multiplies a model
     if linear.can_pack(dtype):
-        packed = "oneDNN, weights packed once" + _of_few(linear.OneDNNLinear(sample, None).panels)
+        packed = "oneDNN, weights packed once" + _of_few(linear.OneDNNLinear(sample, None))
     if linear.has_int8():
         rounded = linear.Int8RoundedLinear(quantise(sample, 8), None)
-        int8 = "oneDNN, activations rounded to 8 bits" + _of_few(None if why else rounded.panels)
+        int8 = "oneDNN, activations rounded to 8 bits" + ("" if why else _of_few(rounded))
     return {
         "dtype auto": f"{str(dtype).removeprefix('torch.')} for checkpoints in 16 bits: "
         + ("the CPU multiplies it" if dtype == torch.bfloat16 else "the CPU has no instructions for bfloat16"),
@@ -118,5 +118,5 @@ def _in_words(value: Any) -> str:
     return str(value)
 
 
-def _of_few(panels: int | None) -> str:
-    return "" if panels is None else "; of few tokens native.c, from the same weights"
+def _of_few(layer: Any) -> str:
+    return "" if layer.form is None else "; of few tokens native.c, from the same weights"
