@@ -95,19 +95,20 @@ def test_quantise_is_that_of_quant_py(width: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("rows", "width"), [(16, 32), (48, 64), (160, 224)])
-def test_int4_dense_bit_for_bit(rows: int, width: int) -> None:
+@pytest.mark.parametrize(("rows", "width"), [(16, 32), (64, 64), (160, 224)])
+def test_int4_panels_bit_for_bit(rows: int, width: int) -> None:
     weight = quant.quantise(awkward_weights(rows, width), 4)
     codes, scales = native.pack_int4(weight)
     assert codes.shape == (rows // 16, width // 8, 16, 4)
     assert scales.shape == (rows // 16, width // 32, 16)
     expected = weight.dense(BF16)
     for start, stop in ((0, rows), (rows - 16, rows), (0, 16)):
-        out = torch.full((rows, width), 7.0, dtype=BF16)
-        found = native.int4_dense(codes, scales, start, stop, out)
-        assert found.shape == (stop - start, width)
-        assert torch.equal(bits(found + 0.0), bits(expected[start:stop] + 0.0))  # + 0.0: zeros have no sign
-        assert bool((out[stop - start :] == 7).all()), "nothing else is written"
+        panels = -(-(stop - start) // 64)
+        out = torch.full((panels, width // 2, 64, 2), 7.0, dtype=BF16)
+        native.int4_panels(codes, scales, start, stop, out.data_ptr())
+        found = out.transpose(1, 2).reshape(panels * 64, width)
+        assert torch.equal(bits(found[: stop - start] + 0.0), bits(expected[start:stop] + 0.0))  # zeros have no sign
+        assert bool((found[stop - start :] == 7).all()), "nothing else is written"
 
 
 @needs_native
@@ -498,8 +499,14 @@ def _quantised(count: quant.Bits, rows: int = 96) -> Quantised:
     return native.quantise(awkward_weights(rows, 96), count)
 
 
-def _int4(rows: int) -> Tensor:
-    return linear.Int4NativeLinear(_quantised(4), None).product(random(rows, 96))
+def _int4_panels() -> Tensor:
+    out = torch.zeros(2 * 64, 96, dtype=BF16)
+    native.int4_panels(*native.pack_int4(_quantised(4)), 0, 96, out.data_ptr())
+    return out
+
+
+def _int4_many() -> Tensor:
+    return native.int4_many(random(40, 96), *native.pack_int4(_quantised(4))) if native.has_amx() else torch.zeros(1)
 
 
 @cache
@@ -531,8 +538,8 @@ THREADED: dict[str, Callable[[], Tensor]] = {
     "linear": lambda: torch.cat([layer(random(5, 64)) for layer in _linears(128, 64)]),
     "layer": lambda: _whole_step()[0],
     "int4_pack": lambda: native.pack_int4(_quantised(4))[0],
-    "int4_dense": lambda: native.int4_dense(*native.pack_int4(_quantised(4)), 0, 96, torch.empty(96, 96, dtype=BF16)),
-    "int4_many": lambda: _int4(40),
+    "int4_panels": _int4_panels,
+    "int4_many": _int4_many,
 }
 
 
@@ -599,7 +606,12 @@ def test_the_arguments_are_those_of_the_source() -> None:
         fields = [(name, kind.__name__) for name, kind in structure._fields_]
         assert fields == _fields(text, structure.__name__)
     assert re.search(rf"^enum {{ {', '.join(native.FORMS).upper()} }};", text, re.MULTILINE)
-    for name, value in {"TILE": native.TILE, "GROUP": GROUP, "BLOCK": native.SLOTS_AT_ONCE}.items():
+    for name, value in {
+        "TILE": native.TILE,
+        "PANEL": native.PANEL,
+        "GROUP": GROUP,
+        "BLOCK": native.SLOTS_AT_ONCE,
+    }.items():
         assert re.search(rf"^#define {name} +{value}\b", text, re.MULTILINE), name
 
 

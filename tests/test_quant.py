@@ -220,14 +220,16 @@ def test_4_bits_by_torchs_operator(rows: int, width: int, dtype: torch.dtype) ->
 
 
 @needs_native
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("way", ["amx", "panels", "few at a time"])
 @pytest.mark.parametrize(("rows", "width"), [(16, 32), (48, 96), (192, 160), (80, 64)])
-def test_4_bits_by_native_c(rows: int, width: int, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By AMX where N is a multiple of 32, else, and without AMX, a block of rows at a time; bit for bit as packed."""
-    if amx and not native.has_amx():
+def test_4_bits_by_native_c(rows: int, width: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By AMX where N is a multiple of 32; else a block of rows at a time in oneDNN's order; bit for bit as packed."""
+    if way == "amx" and not native.has_amx():
         pytest.skip("this CPU, or its system, offers no AMX")
-    monkeypatch.setattr(native, "has_amx", lambda: amx)
-    monkeypatch.setattr(linear, "DENSE_NUMBERS", 32 * width)
+    monkeypatch.setattr(native, "has_amx", lambda: way == "amx")
+    monkeypatch.setattr(linear, "PANEL_NUMBERS", 64 * width)
+    if way == "few at a time":
+        monkeypatch.setattr(linear, "packs_panels", lambda *_: False)
     weight = quantise(random(rows, width, scale=0.1), 4)
     for biased in (False, True):
         bias = bias_of(rows, biased, BF16)

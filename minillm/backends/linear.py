@@ -6,6 +6,8 @@ The packed forms are made and read by private operators of torch (`torch.ops.mkl
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,8 +16,9 @@ from .. import quant
 from ..quant import GROUP, Bits, Quantised, blocks
 from . import native
 
-ZERO = 128  # what stands for 0 in 8-bit activations
 DENSE_NUMBERS = 1 << 23  # weights that are held dense at a time, where a product wants them so: 16 MiB of bfloat16
+PANEL_NUMBERS = 1 << 19  # the same for 4 bits in the order in which oneDNN packs: 1 MiB, which stays in the cache
+ZERO = 128  # what stands for 0 in 8-bit activations
 
 
 def make_linear(
@@ -47,6 +50,23 @@ def can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] in the order in which oneDNN's kernels read it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # type: ignore[no-any-return]  # better for many rows
+
+
+def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] times what `pack` gave -> [M, N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@cache
+def packs_panels(rows: int, width: int, threads: int) -> bool:  # noqa: ARG001
+    """Whether oneDNN packs weights [rows, width] of bfloat16 in `native.panels` for so many threads."""
+    weight = torch.arange(rows * width).view(rows, width).to(torch.bfloat16)
+    return native.panels(pack(weight), weight) is not None
 
 
 def has_int4(dtype: torch.dtype) -> bool:
@@ -116,14 +136,14 @@ class OneDNNLinear(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__((weight.shape[0], weight.shape[1]), bias)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: better for many rows, as good for one
+        self.packed = pack(weight)
         self._nbytes = weight.nbytes
         panels = native.panels(self.packed, weight) if weight.dtype == torch.bfloat16 else None
         if panels is not None:
             self.form = native.form("pairs", (self.out_features, self.in_features), panels, bias=bias)
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return multiply_packed(x, self.packed, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -225,13 +245,17 @@ class Int4NativeLinear(Linear):
     def product(self, x: Tensor) -> Tensor:
         if self.by_amx:
             y = native.int4_many(x.contiguous(), self.codes, self.scales)
-        else:
-            y = x.new_empty(x.shape[0], self.out_features)
-            step = max(native.TILE, DENSE_NUMBERS // self.in_features // native.TILE * native.TILE)
-            dense = x.new_empty(min(step, self.out_features), self.in_features)
-            for start in range(0, self.out_features, step):
-                stop = min(self.out_features, start + step)
-                y[:, start:stop] = F.linear(x, native.int4_dense(self.codes, self.scales, start, stop, dense))
+            return y if self.bias is None else y.add_(self.bias)
+        panels = -(-min(PANEL_NUMBERS // self.in_features, self.out_features) // native.PANEL)
+        some = panels * native.PANEL  # rows of weights, and perhaps a few more than there are: nobody reads those
+        packed = pack(x.new_zeros(some, self.in_features))
+        if not packs_panels(some, self.in_features, torch.get_num_threads()):
+            return torch.cat([self.forward(few) for few in x.split(self.few)])  # slow, but right
+        address, y = int(torch.ops.mkldnn.data_ptr(packed)), x.new_empty(x.shape[0], self.out_features)
+        for start in range(0, self.out_features, some):
+            stop = min(self.out_features, start + some)
+            native.int4_panels(self.codes, self.scales, start, stop, address)
+            y[:, start:stop] = multiply_packed(x, packed, None)[:, : stop - start]
         return y if self.bias is None else y.add_(self.bias)
 
     @property

@@ -28,7 +28,7 @@ _ARGUMENTS = {  # p: a pointer, i: an int64, f: a float
     "quantise8": "pppii",
     "quantise4": "pppii",
     "int4_pack": "ppppii",
-    "int4_dense": "pppiii",
+    "int4_panels": "pppiii",
     "int4_many": "ppppppiii",
     "attend": "ppipipp",
     "step": "ppppp",
@@ -209,12 +209,10 @@ def int4_many(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
-def int4_dense(codes: Tensor, scales: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-    """Rows start..stop, multiples of 16, of packed weights [N, K] as bfloat16: the first rows of `out` [.., K]."""
-    first, last = start // TILE, stop // TILE
+def int4_panels(codes: Tensor, scales: Tensor, start: int, stop: int, address: int) -> None:
+    """Rows start..stop, multiples of 16, of packed weights [N, K] as bfloat16 into `panels` at that address."""
     width = scales.shape[1] * GROUP
-    _function("int4_dense")(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), first, last, width)
-    return out[: stop - start]
+    _function("int4_panels")(codes.data_ptr(), scales.data_ptr(), address, start // TILE, stop // TILE, width)
 
 
 def attend(
