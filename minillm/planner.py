@@ -26,8 +26,8 @@ from .units import size
 
 # Code of the libraries that is paged in, their buffers, and the tokenizer's cache of words: 5 to 12 MiB were measured
 # with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where weights are packed, or the CPU multiplies bfloat16, oneDNN
-# compiles kernels for the shapes it meets: 17 to 31 MiB in all.
-RUNTIME_BYTES, COMPILED_BYTES = 16 << 20, 18 << 20
+# compiles kernels for the shapes it meets: 17 to 31 MiB in all, 12 to 21 where all is float32.
+RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 << 20
 # Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
@@ -222,8 +222,14 @@ class MemoryPlan:
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
-        compiles = self.device.type == "cpu" and (self.weights.packed or (item < 4 and cpu_has_bfloat16()))
-        return parts | {"runtime": RUNTIME_BYTES + (COMPILED_BYTES if compiles else 0)}
+        return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
+
+    def _compiled(self) -> int:
+        """Bytes of the kernels that oneDNN compiles."""
+        narrow = self.cache.dtype.itemsize < 4 or self.weights.quantised > 0
+        if self.device.type != "cpu" or not (self.weights.packed or (narrow and cpu_has_bfloat16())):
+            return 0
+        return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
 
 
 def attention_bytes(plan: CachePlan, chunk: int) -> int:

@@ -143,7 +143,8 @@ def panels(packed: Tensor, weight: Tensor) -> int | None:
     """
     rows, width = weight.shape
     together = 4 // weight.element_size()
-    if missing() is not None or rows % PANEL or width % together or not hasattr(torch.ops.mkldnn, "data_ptr"):
+    known = torch._C._jit_get_schemas_for_operator("mkldnn::data_ptr")  # not in every torch
+    if missing() is not None or rows % PANEL or width % together or not known:
         return None
     address, size = int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
     if size < weight.nbytes:
