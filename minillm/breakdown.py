@@ -27,7 +27,7 @@ from .eviction import evict_
 from .fused import listening
 from .machine import now
 from .model import Attend, Transformer
-from .slots import LayerCache, Span
+from .slots import LayerCache, LayerSlots, Span
 
 
 @dataclass
@@ -54,8 +54,9 @@ def watched(model: Transformer) -> Iterator[Spent]:
 
     def watching(attend: Attend) -> Attend:
         def watch(
-            layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
+            layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
         ) -> Tensor:
+            assert isinstance(layer, LayerCache)
             begin = now(device)
             attended = attend(layer, q, k, v, span, q_far)  # [B, H, T, D]
             spent.attend += now(device) - begin

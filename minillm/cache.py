@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import ContextFullError
-from .slots import NOTHING, LayerCache, Span
+from .slots import NOTHING, LayerCache, LayerRows, Span
 
 if TYPE_CHECKING:
     from .eviction import EvictionPolicy, Retention, TensorSpec
@@ -103,6 +104,16 @@ class KVCache:
                 if name not in self.fixed:
                     tensor.zero_()
 
+    def row(self, row: int) -> KVCache:
+        """One row of it, which is a cache in itself: the same memory, and a count of tokens of its own.
+
+        Whoever works with rows works with nothing else: `seen` of the whole does not follow.
+        """
+        one = copy(self)
+        one.rows, one.seen = 1, [self.seen[row]]
+        one.layers = [layer.row(row, self.fixed) for layer in self.layers]
+        return one
+
     def append(self, length: int, *, padded: int | None = None, flags: Tensor | None = None) -> Span:
         """Reserve the next `length` positions of every row (`padded` >= length: the width T of the forward pass).
 
@@ -163,6 +174,28 @@ class KVCache:
             found.append(torch.where(kept, layer.positions[row], MAX_POSITION).amin())
         oldest = int(torch.stack(found).amin())
         return None if oldest == MAX_POSITION else oldest
+
+
+class CacheRows:
+    """Rows of a cache (see `KVCache.row`) that take a step of one token together: the rest of what a model asks of a
+    cache.
+    """
+
+    def __init__(self, whole: KVCache, rows: Sequence[int], views: Sequence[KVCache], batch: int) -> None:
+        """rows: which of `whole` the views are.  batch: rows of the step; those that are missing are filled up."""
+        self.views, self.batch, self.trained, self.device = tuple(views), batch, whole.trained, whole.device
+        which = torch.tensor([*rows, *[0] * (batch - len(rows))], device=whole.device)  # [B]
+        self.layers = [
+            LayerRows(layer, which, tuple(view.layers[layer.index] for view in views)) for layer in whole.layers
+        ]
+
+    def append(self, flags: Tensor | None = None) -> Span:
+        """Reserve the next position of every row; flags [B, 1] uint8 are written with the tokens."""
+        given = [None if flags is None else flags[row : row + 1] for row in range(len(self.views))]
+        first = [view.append(1, flags=mine).first[0] for view, mine in zip(self.views, given, strict=True)]
+        first += [NOTHING] * (self.batch - len(first))
+        host = torch.tensor(first)[:, None]  # [B, 1]
+        return Span(host.to(self.device), host, tuple(first), 1, None if flags is None else flags.to(self.device))
 
 
 def query_block(config: ModelConfig, retention: Retention, rows: int) -> int:

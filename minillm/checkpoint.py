@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import fingerprint, hub, inventory, loader
+from .answer import LOGIT_ROWS
 from .backends import native
 from .backends.linear import has_int8
 from .budget import Budget, CachePlan
@@ -26,7 +27,6 @@ from .memory import held, trim
 from .model import Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
-from .stream import LOGIT_ROWS
 from .tokenizer import Tokenizer
 
 BACKENDS = ("auto", "reference", "cpu")

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .answer import Progress, collect
 from .cache import MAX_POSITION
 from .errors import PromptError
 from .llm import encode_prompt
 from .results import Usage
 from .sampling import SamplingParams
-from .stream import Progress, Stream, collect
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .llm import LLM

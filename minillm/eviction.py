@@ -34,6 +34,7 @@ class EvictionPolicy(ABC):
     needs_kinds: ClassVar[bool] = False  # whether tokens must be flagged as SPECIAL and PUNCTUATION
     needs_keys: ClassVar[bool] = False  # whether `tag_` wants the key of every token
     needs_attention: ClassVar[bool] = False  # whether `observe_attention_` wants the weights of every query
+    needs_token: ClassVar[bool] = True  # whether `score` looks at the query or key of the incoming token
     watching: ClassVar[int] = 0  # bytes per query, slot and KV head that it holds for a moment
 
     @property
@@ -159,6 +160,8 @@ class Retention:
 
 def evict_(layer: LayerCache, query: Tensor, key: Tensor, now: Tensor, *, settle: bool) -> None:
     """Free `evict_every` slots per KV head in every row whose incoming token, at position `now` [B], finds none free.
+
+    Its query [B, H, D] and key [B, Hkv, D] may be anything where the policy does not look at them (`needs_token`).
 
     Rows that are not due are left as they are: the decision is a mask, so rows of a batch may be in different phases.
     settle: whether some row does this for the first time.  Otherwise the tokens since the last time, which lie in what

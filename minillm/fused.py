@@ -19,7 +19,7 @@ from .backends import cpu, native
 from .backends.linear import DenseLinear, Linear, make_linear, quantise
 from .model import Attend, Attention, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
-from .slots import LayerCache, Span
+from .slots import LayerSlots, Span
 
 
 class Read(Protocol):
@@ -60,7 +60,7 @@ class FusedLayer(nn.Module):
         self.kv_heads = attention.k_proj.out_features // self.head_dim
 
     def forward(
-        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerSlots
     ) -> Tensor:
         norm, post = self.input_layernorm, self.post_attention_layernorm
         rows = x.flatten(0, 1)  # [B * T, hidden], a view: what is added to it is added to x
@@ -87,7 +87,7 @@ class FusedLayer(nn.Module):
         return native.Layer(*forms, norm.weight.data_ptr(), post.weight.data_ptr(), norm.eps, post.eps)
 
     def _attend(
-        self, qkv: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, qkv: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerSlots
     ) -> Tensor:
         """qkv [B, T, (H + 2 Hkv) * D] -> [B * T, H * D]."""
         joined = qkv.unflatten(2, (-1, self.head_dim))  # [B, T, H + 2 Hkv, D]

@@ -16,6 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .answer import Progress, collect, target_logprobs
 from .budget import CachePlan
 from .cache import MAX_POSITION
 from .chat import Message
@@ -29,7 +30,7 @@ from .results import Result, Score, Usage
 from .sampling import SamplingParams
 from .session import Prompt, Session
 from .slots import PUNCTUATION, SPECIAL
-from .stream import Progress, Stream, collect, target_logprobs
+from .stream import Stream
 
 
 class LLM:

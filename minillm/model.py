@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends.reference import attend_
-from .cache import KVCache
+from .cache import CacheRows, KVCache
 from .config import ModelConfig, RopeScaling
-from .slots import LayerCache, Span
+from .slots import LayerSlots, Span
 
-Attend = Callable[[LayerCache, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
+Attend = Callable[[LayerSlots, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -33,7 +33,7 @@ class Transformer(nn.Module):
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
-    def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
+    def forward(self, tokens: Tensor, span: Span, cache: KVCache | CacheRows) -> Tensor:
         """tokens [B, T] at the positions of `span` -> hidden states [B, T, hidden]; the tokens enter the cache."""
         return self.model(tokens, span, cache)  # type: ignore[no-any-return]
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         self.inverse_frequencies = inverse_frequencies(config)  # [D/2]
         self.rope_scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
 
-    def forward(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
+    def forward(self, tokens: Tensor, span: Span, cache: KVCache | CacheRows) -> Tensor:
         x = self.embed_tokens(tokens)  # [B, T, hidden]
         rotation, far_rotation = self._rotation(span.host, x), None
         if cache.trained is not None and max(span.first) + span.length > cache.trained:
@@ -84,7 +84,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerSlots
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, far_rotation, span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self.attend = attend_
 
     def forward(
-        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerCache
+        self, x: Tensor, rotation: Rotation, far_rotation: Rotation | None, span: Span, cache: LayerSlots
     ) -> Tensor:
         q = self.q_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, H, D]
         k = self.k_proj(x).unflatten(2, (-1, self.head_dim))  # [B, T, Hkv, D]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .answer import Answer, Progress, collect, overlap
 from .cache import MAX_POSITION
 from .errors import PromptError, SessionError
 from .generate import Pins, feed
@@ -29,7 +30,7 @@ from .results import Usage
 from .sampling import Sampler, SamplingParams
 from .saved import copy_session_, load_session, save_session, session_bytes
 from .slots import NOTHING, PINNED
-from .stream import Progress, Stream, collect, overlap
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -63,7 +64,7 @@ class Session:
         self._require_cache()
         if self.latest is None:
             return Usage(0, 0, 0, 0, 0, (0, 0), [], None)
-        last = self.latest if isinstance(self.latest, Stream) else None
+        last = self.latest if isinstance(self.latest, Answer) else None
         prompt, completion = (last.prompt_tokens, last.completion_tokens) if last else (0, 0)
         return Usage.of(self.llm.cache, prompt=prompt, completion=completion)
 
@@ -125,6 +126,12 @@ class Session:
         return self.stream(None if prompt is None else self.encode(prompt), params, progress=progress)
 
     def stream(
+        self, tokens: Tensor | Iterator[Tensor] | None, params: SamplingParams | None = None, **options: Any
+    ) -> Stream:
+        """Answer tokens [n], or pieces of them; None goes on.  Options as in `begin`."""
+        return Stream(self.begin(tokens, params, **options))
+
+    def begin(
         self,
         tokens: Tensor | Iterator[Tensor] | None,
         params: SamplingParams | None = None,
@@ -133,22 +140,22 @@ class Session:
         continuation: bool = True,
         length: int | None = None,
         progress: Progress | None = None,
-    ) -> Stream:
-        """Answer tokens [n], or pieces of them; None goes on.  See Stream for the options."""
+    ) -> Answer:
+        """The answer to tokens, still to be computed; it owns the cache from here on.  See Answer for the options."""
         self._require_cache()
         if tokens is None and not self.pending:
             raise PromptError(
                 "there is nothing to go on from, the last answer has ended or none has begun: give a prompt"
             )
-        stream = Stream(
+        answer = Answer(
             self, tokens, params or self.params, pins=pins, continuation=continuation, length=length, progress=progress
         )
         if self.latest is None:
             self.llm.cache.reset()
         if tokens is not None:
             self.sampler.restart()
-        self.latest = self.llm.owner = stream
-        return stream
+        self.latest = self.llm.owner = answer
+        return answer
 
     def encode(self, prompt: Prompt) -> Tensor | Iterator[Tensor]:
         """Text as it is, or ids, or pieces of either -> token ids [n] int32, or pieces of them.

@@ -6,8 +6,8 @@ This module knows where tensors live.  It does not know how many layers there ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,21 @@ class Span:
     def positions32(self) -> Tensor:
         """`positions` as slots store them, made once for all layers: [B, T] int32."""
         return self.positions.to(torch.int32)
+
+    @cached_property
+    def by_row(self) -> tuple[Span, ...]:
+        """The same tokens, a span for each row."""
+        cut = (slice(row, row + 1) for row in range(len(self.first)))
+        return tuple(
+            Span(
+                self.positions[at],
+                self.host[at],
+                self.first[at],
+                self.length,
+                None if self.flags is None else self.flags[at],
+            )
+            for at in cut
+        )
 
 
 class Stretch(NamedTuple):
@@ -97,6 +112,20 @@ class LayerCache:
         scales = {} if self.scales is None else {"scales": self.scales}
         return named | scales | {"free": self.free} | self.state
 
+    def row(self, row: int, shared: frozenset[str]) -> LayerCache:
+        """One row of it: the same memory.  shared: names of state that is not kept per row."""
+        at = slice(row, row + 1)
+        return replace(
+            self,
+            keys=self.keys[at],
+            values=self.values[at],
+            scales=None if self.scales is None else self.scales[at],
+            positions=self.positions[at],
+            flags=self.flags[at],
+            free=self.free[at],
+            state={name: tensor if name in shared else tensor[at] for name, tensor in self.state.items()},
+        )
+
     def stretches(self, span: Span, block: int | None = None) -> Iterator[Stretch]:
         """Cut a span so that no row evicts anywhere but at the start of a stretch, of `block` tokens at most.
 
@@ -118,6 +147,10 @@ class LayerCache:
         """Whether the token at this position finds no free slot."""
         slots, every = self.retention.slots, self.retention.evict_every
         return position >= slots and (position - slots) % every == 0
+
+    def asks_from_afar(self, position: int) -> bool:
+        """Whether a query at this position asks sinks and pins as if it stood nearer: it is past the trained length."""
+        return self.far and self.window is not None and position >= self.window + self.retention.sinks
 
     def slots_of(self, span: Span, start: int, stop: int) -> Tensor:
         """Where the tokens start..stop of a span go: [B, Hkv, n] (or broadcastable) slot indices."""
@@ -225,6 +258,40 @@ class LayerCache:
         if self.scales is None:
             return dense
         return dense.mul_(self.scales[:, :, :reach, which, None].to(dtype))
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """One layer's slots of a few rows that take a step together, in any order.
+
+    Attention is each row's own business, so that its result does not depend on its neighbours; only native.c, whose
+    loops over slots know no neighbours, takes all rows in one call.  A batch may be longer than `views`: what follows
+    are rows that fill it up, at position -1, which see nothing and are written nowhere.
+    """
+
+    whole: LayerCache  # all rows of the cache
+    rows: Tensor  # [B] int64: which of them take part; 0 for those that fill up
+    views: tuple[LayerCache, ...]  # LayerCache.row of each that takes part
+
+    def each(
+        self,
+        attend: Callable[[LayerCache, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        span: Span,
+        q_far: Tensor | None,
+    ) -> Tensor:
+        """Attention of every row by itself, see `reference.attend_`: [B, H, T, D], zeros for rows that fill up."""
+        result = torch.zeros_like(q)
+        for row, view in enumerate(self.views):
+            at = slice(row, row + 1)
+            far = None if q_far is None or not view.asks_from_afar(span.first[row]) else q_far[at]
+            result[at] = attend(view, q[at], k[at], v[at], span.by_row[row], far)
+        return result
+
+
+LayerSlots = LayerCache | LayerRows
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ FLOORS = (
     ("generate", "inventory", "loader", "parallel", "snapshot", "fingerprint"),
     ("planner",),
     ("hub", "engine"),
-    ("checkpoint", "results", "stream", "saved", "session"),
+    ("checkpoint", "results", "answer", "stream", "saved", "session"),
     ("llm", "shapes", "breakdown", "bench"),
     ("conversation",),
     ("",),  # minillm/__init__.py

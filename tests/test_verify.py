@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import BudgetError, ContextFullError, PromptError
+from minillm.answer import LOGIT_ROWS
 from minillm.cache import KVCache
 from minillm.checkpoint import Checkpoint
 from minillm.cli.main import main
@@ -26,7 +27,6 @@ from minillm.llm import LLM
 from minillm.model import Attention
 from minillm.policies.full import Full
 from minillm.slots import LayerCache
-from minillm.stream import LOGIT_ROWS
 
 from .helpers import run, tiny_model
 from .tiny_checkpoint import write_checkpoint

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from minillm import LLM
+from minillm.answer import Progress
 from minillm.generate import feed
 from minillm.lab import codes, diagnose
 from minillm.lab.ask import reader
 from minillm.lab.compare import POLICY_LIST, Contender
 from minillm.lab.diagnose import average
 from minillm.lab.plots import Panel, Point
-from minillm.stream import Progress
 
 DIAGNOSED = ("window", "keydiff", "exact", "tova", "h2o", "hashevict", "hashevict,hash_bits=64", "hashevict-plus")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..eviction import evict_
-from ..slots import LayerCache, Span
+from ..slots import LayerCache, LayerRows, LayerSlots, Span
 from . import native, reference
 from .native import Rotation
 
@@ -21,8 +21,10 @@ MASK_BYTES = 8 << 20  # ... and so many fewer that the mask of who sees whom sta
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which says the sum of its softmax, too
 
 
-def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
+def attend_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
     """What `reference.attend_` does, with its arguments, effects and result."""
+    if isinstance(layer, LayerRows):
+        return layer.each(attend_, q, k, v, span, q_far)
     if layer.policy.needs_attention:
         return reference.attend_(layer, q, k, v, span, q_far)
     if q_far is not None and not layer.far:
@@ -47,19 +49,19 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
 
 
 def step_(
-    layer: LayerCache, qkv: Tensor, heads: int, rotation: Rotation, far: Rotation | None, span: Span
+    layer: LayerSlots, qkv: Tensor, heads: int, rotation: Rotation, far: Rotation | None, span: Span
 ) -> Tensor | None:
     """A decode step in one call: qkv [B, (H + 2 Hkv) * D] -> [B, H * D], as `rotate` and `attend_` would, if it is one
-    that native.c can do whole: one token a row, of which none pushes out another or is watched.
+    that native.c can do whole: one token a row, of which none has to be seen by the policy.
     """
     if not serves_step(layer, qkv.dtype, span):
         return None
-    far, reach = far if layer.far else None, min(max(span.first) + 1, layer.retention.slots)
+    far, reach = _prepare_step(layer, far, span)
     return native.step(qkv, rotation, far, layer, span.positions, heads=heads, reach=reach)
 
 
 def layer_(
-    layer: LayerCache, x: Tensor, parts: native.Layer, heads: int, rotation: Rotation, far: Rotation | None, span: Span
+    layer: LayerSlots, x: Tensor, parts: native.Layer, heads: int, rotation: Rotation, far: Rotation | None, span: Span
 ) -> bool:
     """A decode step through a whole layer, whose linear layers native.c multiplies, in one call: changes x [B, hidden].
 
@@ -67,16 +69,36 @@ def layer_(
     """
     if not serves_step(layer, x.dtype, span):
         return False
-    far, reach = far if layer.far else None, min(max(span.first) + 1, layer.retention.slots)
+    far, reach = _prepare_step(layer, far, span)
     native.whole_layer(x, parts, rotation, far, layer, span.positions, heads=heads, reach=reach)
     return True
 
 
-def serves_step(layer: LayerCache, dtype: torch.dtype, span: Span) -> bool:
+def serves_step(layer: LayerSlots, dtype: torch.dtype, span: Span) -> bool:
     """Whether native.c takes this step as a whole."""
-    policy = layer.policy
-    plain = span.positions.shape[1] == 1 and not (layer.flagged or policy.needs_attention or policy.needs_queries)
-    return plain and not any(map(layer.is_due, span.first)) and serves_decode(layer, dtype)
+    whole, views = (layer.whole, layer.views) if isinstance(layer, LayerRows) else (layer, (layer,))
+    policy, flagged = whole.policy, any(view.flagged for view in views)
+    plain = span.positions.shape[1] == 1 and not (flagged or policy.needs_attention or policy.needs_queries)
+    waits = policy.needs_token and any(map(whole.is_due, span.first))
+    return plain and not waits and serves_decode(whole, dtype)
+
+
+def _prepare_step(layer: LayerSlots, far: Rotation | None, span: Span) -> tuple[Rotation | None, int]:
+    """Free slots for tokens that find none; what turns the queries for sinks, and how many slots are in use."""
+    whole = layer.whole if isinstance(layer, LayerRows) else layer
+    if isinstance(layer, LayerRows):
+        for view, of_row in zip(layer.views, span.by_row, strict=False):
+            _evict_before_(view, of_row)
+    else:
+        _evict_before_(layer, span)
+    return far if whole.far else None, min(max(span.first) + 1, whole.retention.slots)
+
+
+def _evict_before_(layer: LayerCache, span: Span) -> None:
+    """Make room for a step's tokens, which the policy does not look at."""
+    if any(map(layer.is_due, span.first)):
+        nothing = layer.keys.new_empty(0)
+        evict_(layer, nothing, nothing, span.positions[:, 0], settle=layer.retention.slots in span.first)
 
 
 def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:

@@ -100,13 +100,24 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 2:
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        if self.form is not None and x.shape[0] <= self.few and x.dtype == torch.bfloat16:
+        if self.form is not None and self.by_native(x.dtype) and x.shape[0] <= self.few:
             return native.linear(self.form, x.contiguous())  # [M, N]
         return self.product(x)  # [M, N]
 
     def product(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N], bias included."""
         raise NotImplementedError
+
+    def fewest_alike(self, rows: int, dtype: torch.dtype) -> int:
+        """The fewest rows of x that are multiplied as `rows` are, so that results are the same bit for bit.
+
+        One row of float32 goes to another kernel of oneDNN than two, and few rows of bfloat16 to native.c.
+        """
+        return min(rows, 2 if not self.by_native(dtype) or rows <= self.few else self.few + 1)
+
+    def by_native(self, dtype: torch.dtype) -> bool:
+        """Whether native.c multiplies few rows of activations."""
+        return self.form is not None and dtype == torch.bfloat16
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +134,9 @@ class PlainLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def fewest_alike(self, rows: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        return rows  # torch's kernels change at 4 and 8, too
 
     @property
     def nbytes(self) -> int:
@@ -207,6 +221,9 @@ class DenseLinear(Linear):
                 y[:, start:stop] = F.linear(x, part.dense(x.dtype))
         return y if self.bias is None else y.add_(self.bias)
 
+    def fewest_alike(self, rows: int, dtype: torch.dtype) -> int:
+        return super().fewest_alike(rows, dtype) if self.by_native(dtype) and rows <= self.few else rows
+
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
@@ -261,6 +278,13 @@ class Int4NativeLinear(Linear):
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+
+def fewest_alike(module: nn.Module, rows: int, dtype: torch.dtype) -> int:
+    """The fewest rows of activations that each linear layer in a module multiplies as it does `rows`, bit for bit."""
+    fewest = [layer.fewest_alike(rows, dtype) for layer in module.modules() if isinstance(layer, Linear)]
+    plain = any(isinstance(layer, nn.Linear) for layer in module.modules())
+    return max(fewest, default=1) if not plain else rows
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

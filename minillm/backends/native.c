@@ -652,8 +652,8 @@ KERNEL static void attend_heads(const bf16 *q, const bf16 *far, int64_t asked, i
         attend_block(q + g * dim, far ? far + g * dim : far, asked, 1, keys, values, positions, slots, dim, view, part + g * (dim + 2));
 }
 
-// The slots of a layer, and where in its life it is: slots.py.  Rows are at positions now[row]; the first `reach` slots may
-// hold something.  Seen are positions > now - window, and from any distance those of `sinks`.
+// The slots of a layer, and where in its life it is: slots.py.  Rows are at positions now[row], or -1: those take no part.
+// The first `reach` slots may hold something.  Seen are positions > now - window, and from any distance those of `sinks`.
 typedef struct {
     bf16 *keys, *values; // [rows, kv_heads, slots, dim]
     int32_t *positions; // [rows, kv_heads, slots]
@@ -662,9 +662,15 @@ typedef struct {
     int64_t window, sinks, rows, kv_heads, slots, every, reach, dim;
     int64_t heads; // of queries
     int64_t amx;
+    const int64_t *which; // [rows] of the cache that take part; or NULL: all of them
     const bf16 *cos, *sin; // [rows, dim] for tokens at `now`
     const bf16 *far_cos, *far_sin; // what turns the queries for sinks; or NULL
 } Slots;
+
+static int64_t row_of(const Slots *c, int64_t row) { return c->which ? c->which[row] : row; }
+
+// How many slots of a row may hold something: rows that were chosen each have a reach of their own.
+static int64_t reach_of(const Slots *c, int64_t row) { return c->which && c->now[row] < c->reach ? c->now[row] + 1 : c->reach; }
 
 static int64_t parts_of(const Slots *c) { return c->rows * c->heads * ((c->reach + BLOCK - 1) / BLOCK) * (c->dim + 2); }
 
@@ -678,9 +684,11 @@ KERNEL static void attend(const Slots *c, const bf16 *q, int64_t q_stride, const
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t cut = task % cuts, piece = task / cuts % pieces, kv = task / cuts / pieces, row = kv / kv_heads;
-        int64_t first = cut * BLOCK, many = c->reach - first < BLOCK ? c->reach - first : BLOCK;
+        int64_t first = cut * BLOCK, left = reach_of(c, row) - first, many = left < BLOCK ? left : BLOCK;
+        if (left <= 0) continue;
         int64_t head = piece * MOST_GROUP, count = group - head < MOST_GROUP ? group - head : MOST_GROUP;
-        int64_t query = (kv % kv_heads) * group + head, at = kv * c->slots + first, now = c->now[row];
+        int64_t query = (kv % kv_heads) * group + head, now = c->now[row];
+        int64_t at = (row_of(c, row) * kv_heads + kv % kv_heads) * c->slots + first;
         View view = {(int32_t)now, (int32_t)(now - window + 1 > 0 ? now - window + 1 : 0), (int32_t)sinks};
         const bf16 *from_far = far ? far + row * far_stride + query * dim : far;
         // the parts of one cut lie together: [rows, kv_heads, pieces, cuts] x up to 8 heads
@@ -694,16 +702,17 @@ KERNEL static void attend(const Slots *c, const bf16 *q, int64_t q_stride, const
         int64_t kv = item / group, g = item % group, head = g / MOST_GROUP * MOST_GROUP;
         int64_t count = group - head < MOST_GROUP ? group - head : MOST_GROUP;
         const float *mine = parts + ((kv * group + head) * cuts + g - head) * stride;
+        const int64_t used = (reach_of(c, kv / kv_heads) + BLOCK - 1) / BLOCK;
         float most = NOTHING, total = 0;
-        for (int64_t cut = 0; cut < cuts; cut++) most = fmaxf(most, mine[cut * count * stride + dim]);
+        for (int64_t cut = 0; cut < used; cut++) most = fmaxf(most, mine[cut * count * stride + dim]);
         if (most == NOTHING) { // sees nothing
             memset(out + item * dim, 0, dim * sizeof(bf16));
             continue;
         }
-        for (int64_t cut = 0; cut < cuts; cut++) total += expf(mine[cut * count * stride + dim] - most) * mine[cut * count * stride + dim + 1];
+        for (int64_t cut = 0; cut < used; cut++) total += expf(mine[cut * count * stride + dim] - most) * mine[cut * count * stride + dim + 1];
         for (int64_t d = 0; d < dim; d += 16) {
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t cut = 0; cut < cuts; cut++) {
+            for (int64_t cut = 0; cut < used; cut++) {
                 const float *part = mine + cut * count * stride;
                 sum = _mm512_fmadd_ps(_mm512_set1_ps(expf(part[dim] - most) / total), _mm512_loadu_ps(part + d), sum);
             }
@@ -742,7 +751,8 @@ KERNEL static void step(const Slots *c, const bf16 *qkv, bf16 *queries, bf16 *ou
                 if (far) rotate_head(head, c->far_cos + row * dim, c->far_sin + row * dim, far + (row * heads + h) * dim, dim);
                 continue;
             }
-            int64_t kv = row * kv_heads + h - heads, now = c->now[row];
+            int64_t kv = row_of(c, row) * kv_heads + h - heads, now = c->now[row];
+            if (now < 0) continue;
             int64_t at = kv * c->slots + (now < c->slots ? now : c->free[kv * every + (now - c->slots) % every]);
             rotate_head(head, cos, sin, c->keys + at * dim, dim);
             memcpy(c->values + at * dim, head + kv_heads * dim, dim * sizeof(bf16));

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quant import GROUP, Bits, Quantised, shapes
-from ..slots import LayerCache
+from ..slots import LayerCache, LayerRows
 
 Rotation = tuple[Tensor, Tensor]
 FILE = Path(__file__).with_name("_native.so")
@@ -48,7 +48,7 @@ class Slots(ctypes.Structure):
         *((name, c_void_p) for name in ("keys", "values", "positions", "free", "now")),
         *((name, c_int64) for name in ("window", "sinks", "rows", "kv_heads", "slots", "every", "reach", "dim")),
         *((name, c_int64) for name in ("heads", "amx")),
-        *((name, c_void_p) for name in ("cos", "sin", "far_cos", "far_sin")),
+        *((name, c_void_p) for name in ("which", "cos", "sin", "far_cos", "far_sin")),
     ]
 
 
@@ -254,7 +254,14 @@ def attend(
 
 
 def step(
-    qkv: Tensor, rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Tensor, *, heads: int, reach: int
+    qkv: Tensor,
+    rotation: Rotation,
+    far: Rotation | None,
+    layer: LayerCache | LayerRows,
+    now: Tensor,
+    *,
+    heads: int,
+    reach: int,
 ) -> Tensor:
     """One token a row, from qkv [B, (H + 2 Hkv) * D] to what it attends to [B, H * D]: turned, written, attended.
 
@@ -274,7 +281,7 @@ def whole_layer(
     parts: Layer,
     rotation: Rotation,
     far: Rotation | None,
-    layer: LayerCache,
+    layer: LayerCache | LayerRows,
     now: Tensor,
     *,
     heads: int,
@@ -285,8 +292,11 @@ def whole_layer(
     _function("layer")(ctypes.byref(parts), ctypes.byref(slots), x.data_ptr())
 
 
-def _slots(rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Tensor, heads: int, reach: int) -> Slots:
-    rows, kv_heads, slots, dim = layer.keys.shape
+def _slots(
+    rotation: Rotation, far: Rotation | None, layer: LayerCache | LayerRows, now: Tensor, heads: int, reach: int
+) -> Slots:
+    which, layer = (layer.rows, layer.whole) if isinstance(layer, LayerRows) else (None, layer)
+    _, kv_heads, slots, dim = layer.keys.shape
     return Slots(
         layer.keys.data_ptr(),
         layer.values.data_ptr(),
@@ -295,7 +305,7 @@ def _slots(rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Ten
         now.data_ptr(),
         1 << 31 if layer.window is None else layer.window,
         layer.retention.sinks if layer.far else 0,
-        rows,
+        len(now),
         kv_heads,
         slots,
         layer.retention.evict_every,
@@ -303,6 +313,7 @@ def _slots(rotation: Rotation, far: Rotation | None, layer: LayerCache, now: Ten
         dim,
         heads,
         has_amx(),
+        None if which is None else which.data_ptr(),
         rotation[0].data_ptr(),
         rotation[1].data_ptr(),
         None if far is None else far[0].data_ptr(),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..eviction import evict_
-from ..slots import LayerCache, Span
+from ..slots import LayerCache, LayerRows, LayerSlots, Span
 
 
-def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
+def attend_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
     """Attention of new tokens over a layer's slots, which the tokens enter one stretch at a time.
 
     q [B, H, T, D], k and v [B, Hkv, T, D], all after RoPE -> [B, H, T, D]; padding gives zeros.  A stretch lies between
@@ -21,6 +21,8 @@ def attend_(layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
     evictions, so the same result.  q_far: what to ask tokens outside the window that are seen all the same, as if they
     were nearer (model.py).
     """
+    if isinstance(layer, LayerRows):
+        return layer.each(attend_, q, k, v, span, q_far)
     # Written piece by piece: pieces that are collected would lie between the scores and keep the heap from reuse.
     result = torch.zeros_like(q)  # [B, H, T, D]
     for start, stop, evict, settle in layer.stretches(span):

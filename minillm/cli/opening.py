@@ -93,6 +93,6 @@ def load(args: argparse.Namespace, checkpoint: Checkpoint, plan: CachePlan) -> L
 
 def logit_rows(args: argparse.Namespace) -> int:
     """Positions whose logits the command computes together."""
-    from ..stream import LOGIT_ROWS
+    from ..answer import LOGIT_ROWS
 
     return LOGIT_ROWS if args.command == "score" else 1

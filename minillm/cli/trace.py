@@ -111,8 +111,8 @@ def require_sensible(args: argparse.Namespace) -> None:
 
 def take(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterable[str]) -> Tensor:
     """The text's token ids [n], as many as --tokens says; BudgetError for more than a page can show."""
+    from ..answer import collect
     from ..lab.trace import most_tokens
-    from ..stream import collect
 
     limit = most_tokens(checkpoint.config.num_hidden_layers, checkpoint.config.num_key_value_heads)
     wanted = min(args.tokens or limit, limit)

@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args)
     checkpoint = open_checkpoint(args)
 
+    from ..answer import LOGIT_ROWS
     from ..lab.verify import full_plan, require_comparable, verify
     from ..llm import LLM
-    from ..stream import LOGIT_ROWS
 
     tokens = take(args, checkpoint, text)
     plan = plan_cache(args, checkpoint, context=len(tokens))
@@ -89,8 +89,8 @@ def take(args: argparse.Namespace, checkpoint: Checkpoint, text: Iterable[str]) 
     """The text's token ids [n], as many as --tokens says; ContextFullError where the full cache is no yardstick for
     all of them.
     """
+    from ..answer import collect
     from ..cache import MAX_POSITION
-    from ..stream import collect
 
     trained = checkpoint.config.max_position_embeddings
     limit = args.context or (MAX_POSITION if args.positions == "window" else trained)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..answer import target_logprobs
 from ..budget import CachePlan
 from ..cache import KVCache
 from ..errors import ConfigError
 from ..generate import feed, flags_of
 from ..llm import LLM
-from ..stream import target_logprobs
 from .cases import Asked, Case
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..fused import listening
 from ..model import Attend, Transformer
-from ..slots import LayerCache, Span
+from ..slots import LayerCache, LayerSlots, Span
 
 Query = tuple[Tensor, Tensor | None]  # of one token [H, D], and as it asks what is far (model.py)
 
@@ -90,9 +90,9 @@ def last_queries(model: Transformer, cache: KVCache) -> Iterator[dict[int, Query
 
     def watching(attend: Attend) -> Attend:
         def listen(
-            layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
+            layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None
         ) -> Tensor:
-            if layer is cache.layers[layer.index]:
+            if isinstance(layer, LayerCache) and layer is cache.layers[layer.index]:
                 exact = torch.promote_types(q.dtype, torch.float32)
                 # Copies: a view would hold the queries of the whole chunk.
                 own = q[0, :, span.length - 1].to(exact, copy=True)  # [H, D]

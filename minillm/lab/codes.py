@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import lsh
+from ..answer import Progress
 from ..errors import ConfigError, PromptError
 from ..generate import feed
 from ..llm import LLM
 from ..policies.hashevict import CENTRE_KEYS, HashEvict
 from ..slots import LayerCache
-from ..stream import Progress
 from .attention import last_queries
 from .diagnose import QUERIES, Heads, average
 from .verify import full_plan

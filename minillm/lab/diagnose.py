@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..answer import Progress
 from ..budget import CachePlan
 from ..cache import KVCache
 from ..errors import ConfigError
 from ..generate import feed
 from ..llm import LLM
-from ..stream import Progress
 from .ask import reader
 from .attention import Query, last_queries, lost_mass, output_error
 from .compare import Contender

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..answer import LOGIT_ROWS, log_probabilities
 from ..checkpoint import Checkpoint
 from ..errors import ConfigError, MinillmError, PromptError, TemplateError
 from ..generate import feed
 from ..hub import EMBEDDED
 from ..llm import LLM
 from ..sampling import SamplingParams
-from ..stream import LOGIT_ROWS, log_probabilities
 from ..version import __version__
 from .ask import Fork
 

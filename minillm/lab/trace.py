@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..answer import Progress
 from ..cache import KVCache
 from ..errors import BudgetError, PromptError
 from ..generate import feed
 from ..llm import LLM
 from ..results import Usage
 from ..slots import LayerCache
-from ..stream import Progress
 from ..tokenizer import Tokenizer
 
 MOST_TOKENS = 20_000  # a browser draws each of them; and times are stored in 16 bits

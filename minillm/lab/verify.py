@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..answer import LOGIT_ROWS, Progress, log_probabilities
 from ..budget import Budget, CachePlan
 from ..errors import BudgetError, PromptError
 from ..eviction import Retention
@@ -22,7 +23,6 @@ from ..llm import LLM
 from ..model import Transformer
 from ..policies import make_policy
 from ..results import Usage
-from ..stream import LOGIT_ROWS, Progress, log_probabilities
 from ..tokenizer import Tokenizer
 from .attention import last_queries, lost_mass
 

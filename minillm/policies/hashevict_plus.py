@@ -46,6 +46,7 @@ class HashEvictPlus(EvictionPolicy):
 
     decay: float = 0.995
     name: ClassVar[str] = "hashevict-plus"
+    needs_token: ClassVar[bool] = False
     recent_share: ClassVar[int] = 3
     needs_keys: ClassVar[bool] = True
 

@@ -26,6 +26,7 @@ class L2(EvictionPolicy):
 
     skip_layers: int = 0
     name: ClassVar[str] = "l2"
+    needs_token: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = True
 
     def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002

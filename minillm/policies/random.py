@@ -24,6 +24,7 @@ class Random(EvictionPolicy):
 
     policy_seed: int = 0
     name: ClassVar[str] = "random"
+    needs_token: ClassVar[bool] = False
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """24 random bits for every slot's token: [B, Hkv, S]."""

@@ -20,6 +20,7 @@ class Window(EvictionPolicy):
     """The oldest token goes first, so the slots are a ring behind the protected sinks."""
 
     name: ClassVar[str] = "window"
+    needs_token: ClassVar[bool] = False
 
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """A token's worth is its position."""
