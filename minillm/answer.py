@@ -75,6 +75,7 @@ class Answer:
             session.seen <= llm.checkpoint.config.max_position_embeddings
         )  # than what the model was trained on
         self.prompt_tokens = 0  # fed so far
+        self.decoded = 0  # characters that the tokens drawn so far stand for, shown or held back
         self._started = self._first_at = self._last_at = 0.0
         self.finish_reason: FinishReason = "abort"  # until it is known better
         self.over = False
@@ -107,7 +108,9 @@ class Answer:
             self.logprobs.append(TokenLogprob(sample.token_id, sample.logprob, sample.top))
         self._note_length()
         self.llm.check_memory()
-        text, stopped = self._stops.push(self._decoder.flush() if ended else self._decoder.push(sample.token_id))
+        text = self._decoder.flush() if ended else self._decoder.push(sample.token_id)
+        self.decoded += len(text)
+        text, stopped = self._stops.push(text)
         if ended or stopped:
             self.finish_reason = "stop"
         self.over = stopped or ended or len(self._ids) >= self.max_tokens

@@ -114,6 +114,15 @@ class KVCache:
         one.layers = [layer.row(row, self.fixed) for layer in self.layers]
         return one
 
+    def copy_(self, other: KVCache) -> None:
+        """Hold what another cache holds, of the same model, policy, slots and rows."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, tensor in theirs.tensors().items():
+                if name not in self.fixed:
+                    mine.tensors()[name].copy_(tensor)
+            mine.flagged = theirs.flagged
+        self.seen = list(other.seen)
+
     def append(self, length: int, *, padded: int | None = None, flags: Tensor | None = None) -> Span:
         """Reserve the next `length` positions of every row (`padded` >= length: the width T of the forward pass).
 

@@ -113,30 +113,42 @@ class Checkpoint:
         memory: str | int | None = None,
         chunk: int = 256,
         logit_rows: int = LOGIT_ROWS,
+        reading: int | None = None,
+        requests: int = 0,
         **options: Any,
     ) -> CachePlan:
         """The cache that a budget over a context becomes; nothing is allocated.  Options as in CachePlan.of.
 
         memory: bytes, or a size such as "6GiB", that the whole process may hold: where no budget is named, the largest
-        is chosen that fits, up to the whole context.  Whether it does is for `memory_plan` to say.  chunk, logit_rows:
-        see there.
+        is chosen that fits, up to the whole context.  Whether it does is for `memory_plan` to say.  chunk, logit_rows,
+        reading, requests: see there.
         """
         whole = self.default_context if context is None else context
         plan = CachePlan.of(self.config, budget=budget, whole=whole, dtype=self.dtype, **options)
         if memory is None or budget is not None or options.get("policy") == "full":
             return plan
-        largest = self.memory_plan(plan, chunk=chunk, logit_rows=logit_rows).largest(size_of(memory))
+        needs = self.memory_plan(plan, chunk=chunk, logit_rows=logit_rows, reading=reading, requests=requests)
+        largest = needs.largest(size_of(memory))
         return plan if largest is None else largest.cache
 
     def memory_plan(
-        self, plan: CachePlan, *, memory: str | int | None = None, chunk: int = 256, logit_rows: int = LOGIT_ROWS
+        self,
+        plan: CachePlan,
+        *,
+        memory: str | int | None = None,
+        chunk: int = 256,
+        logit_rows: int = LOGIT_ROWS,
+        reading: int | None = None,
+        requests: int = 0,
     ) -> MemoryPlan:
         """Every byte that this process will hold with a model and a cache; reads at most headers of the weights.
 
-        memory: what it may hold.  chunk, logit_rows: see MemoryPlan.
+        memory: what it may hold.  chunk, logit_rows, reading, requests: see MemoryPlan.
         """
         promise = None if memory is None else size_of(memory)
-        return MemoryPlan(plan, self.weights, self.base, self.device, chunk, logit_rows, promise)
+        return MemoryPlan(
+            plan, self.weights, self.base, self.device, chunk, logit_rows, promise, reading=reading, requests=requests
+        )
 
     @cached_property
     def base(self) -> int:

@@ -61,11 +61,12 @@ class Engine:
     Not to be used from two threads at a time.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, *, chunk: int = 256) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, *, chunk: int = 256, rows: int | None = None) -> None:
+        """rows: use only the first so many of the cache's."""
         self.model, self.cache, self.chunk = model, cache, chunk
-        self.rows = [Row(cache.row(row)) for row in range(cache.rows)]
+        self.rows = [Row(cache.row(row)) for row in range(cache.rows if rows is None else rows)]
         # Few rows together round as many do, from so many on; those that are missing are filled up.
-        most, dtype = cache.rows, model.model.embed_tokens.weight.dtype
+        most, dtype = len(self.rows), model.model.embed_tokens.weight.dtype
         self.batch = fewest_alike(model.model, most, dtype)
         self.logit_batch = most if model.lm_head is None else fewest_alike(model.lm_head, most, dtype)
         self._reading: deque[int] = deque()

@@ -130,7 +130,7 @@ class LLM:
         elif isinstance(prompt, Iterator):
             tokens = self._pieces(prompt, raw=raw, system=system)
         else:
-            tokens = self._ids(prompt)
+            tokens = self.ids(prompt)
         return self.session(params, **sampling).stream(
             tokens, length=length, progress=progress, continuation=raw or self.checkpoint.template is None
         )
@@ -144,7 +144,7 @@ class LLM:
         template = self.checkpoint.template
         if template is None:
             raise PromptError(f"{self.checkpoint.name} has no chat template; use generate, which continues plain text")
-        tokens = self._ids(self.checkpoint.tokenizer.encode(template.render(messages), bos=False))
+        tokens = self.ids(self.checkpoint.tokenizer.encode(template.render(messages), bos=False))
         return self.session(params, **sampling).stream(tokens, continuation=False).finish()
 
     def encode(self, text: str | Iterable[str], *, raw: bool = False, system: str | None = None) -> Tensor:
@@ -168,7 +168,7 @@ class LLM:
         The stream is cut into rows of context + 1 tokens (None: one row), each scored from an empty cache; `rows`
         limits them.  The same bounded path as generation, fed with the text itself (teacher forcing).
         """
-        ids = self._ids(tokens)
+        ids = self.ids(tokens)
         pieces = ids.split(len(ids) if context is None else context + 1)[:rows]
         pieces = tuple(piece for piece in pieces if len(piece) > 1)
         if not pieces:
@@ -209,7 +209,7 @@ class LLM:
         first = next(prompt, "")
         if isinstance(first, str):
             return encode_prompt(self.checkpoint, chain([first], prompt), raw=raw, system=system)  # type: ignore[arg-type]
-        return map(self._ids, chain([first], prompt))  # type: ignore[arg-type]
+        return map(self.ids, chain([first], prompt))  # type: ignore[arg-type]
 
     def _params(self, params: SamplingParams | None, sampling: dict[str, object]) -> SamplingParams:
         if params is not None:
@@ -218,7 +218,7 @@ class LLM:
             return params
         return SamplingParams(**{**self.checkpoint.sampling_defaults, **sampling})  # type: ignore[arg-type]
 
-    def _ids(self, prompt: Sequence[int] | Tensor) -> Tensor:
+    def ids(self, prompt: Sequence[int] | Tensor) -> Tensor:
         """Token ids as int32 [n]; raises PromptError for none, or one that the model has no embedding for."""
         tokens = torch.as_tensor(prompt).to("cpu")
         if tokens.numel() == 0:

@@ -65,6 +65,7 @@ class MemoryPlan:
 
     base: bytes it holds already.  chunk: tokens of a prompt that are read at once.  logit_rows: positions whose logits
     are computed together (1, or more where texts are scored).  promise: bytes that were promised not to be exceeded.
+    reading: rows that read a chunk together; None: all.  requests: bytes that a server holds for its clients.
     """
 
     cache: CachePlan
@@ -74,6 +75,8 @@ class MemoryPlan:
     chunk: int = 256
     logit_rows: int = 1
     promise: int | None = None
+    reading: int | None = None
+    requests: int = 0
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -81,6 +84,7 @@ class MemoryPlan:
         parts = {"base": self.base, "weights": self.weights.nbytes(self.cache.dtype)}
         parts |= {f"cache {name}": count for name, count in self.cache.bytes_by_part().items()}
         parts |= {f"workspace {name}": count for name, count in self._workspace().items()}
+        parts |= {"requests": self.requests} if self.requests else {}
         # A tensor that is converted is there twice for a moment, when cache and workspace are not there yet.
         converted = self.weights.converted(self.cache.dtype) if self.device.type == "cpu" else 0
         loading = converted and converted + CONVERSION_BYTES
@@ -214,7 +218,7 @@ class MemoryPlan:
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
-        width = plan.rows * self.chunk * item
+        width = (self.reading or plan.rows) * self.chunk * item
         attending, feeding = 4 * heads * config.head_dim, 3 * config.intermediate_size  # numbers per token
         parts = {
             "activations": width * (3 * config.hidden_size + max(attending, feeding)),

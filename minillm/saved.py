@@ -73,8 +73,7 @@ def copy_session_(source: Session, target: Session) -> None:
     target.sampler.restore_(source.sampler.state())
     if source.latest is not None:
         with torch.inference_mode():
-            for mine, theirs in zip(cache_tensors(source).values(), cache_tensors(target).values(), strict=True):
-                theirs.copy_(mine)
+            target.llm.cache.copy_(source.llm.cache)
         _set_numbers(target, small_tensors(source)[NUMBERS])
 
 
@@ -88,6 +87,17 @@ def check_settings(path: Path, checkpoint: Checkpoint, plan: CachePlan, *, chunk
     """Raise SessionError at once for a file that could not be loaded; needs no weights."""
     with open_snapshot(path, check=False) as snapshot:
         check_fingerprint(path, snapshot.metadata, fingerprint(checkpoint, plan, chunk=chunk))
+
+
+def saved_notes(path: Path) -> dict[str, Any]:
+    """The notes in a file, and nothing else of it.  Raises SessionError."""
+    with open_snapshot(path, check=False) as snapshot:
+        notes = torch.empty(snapshot.length(NOTES), dtype=torch.uint8)
+        try:
+            snapshot.fill_({NOTES: notes})
+            return dict(json.loads(bytes(notes.tolist()))["notes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SessionError(f"{path} was not written by minillm: its notes say {error!r}") from error
 
 
 def cache_tensors(session: Session) -> dict[str, Tensor]:

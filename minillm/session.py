@@ -164,14 +164,14 @@ class Session:
         """
         llm, beginning = self.llm, self.seen == 0 and not self.pending
         if not isinstance(prompt, (str, Iterator)):
-            return llm._ids(prompt)
+            return llm.ids(prompt)
         pieces = iter([prompt]) if isinstance(prompt, str) else prompt
         first = next(pieces, "")
         whole = chain([first], pieces)
         if isinstance(first, str):
             tokens = llm.checkpoint.tokenizer.encode_pieces(whole, bos=beginning, continuation=not beginning)  # type: ignore[arg-type]
         else:
-            tokens = map(llm._ids, whole)  # type: ignore[arg-type]
+            tokens = map(llm.ids, whole)  # type: ignore[arg-type]
         some = next(tokens, None)
         if some is None:
             raise PromptError("the prompt is empty: give some text")

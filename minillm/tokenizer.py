@@ -146,6 +146,11 @@ class Tokenizer:
         self._check(token)
         return self._vocabulary.piece(token)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What an id stands for in UTF-8, or a part of it; the spelling of an id that is no text, such as "<s>"."""
+        self._check(token)
+        return self.piece(token).encode() if token in self._hidden else self._vocabulary.token_bytes(token)
+
     def _bytes(self, token: int) -> bytes:
         self._check(token)
         return b"" if token in self._hidden else self._vocabulary.token_bytes(token)

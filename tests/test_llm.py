@@ -254,7 +254,7 @@ def test_stopping_while_the_prompt_is_read_leaves_a_usable_conversation(folder: 
     stream = conversation.send(WORDS * 4, max_tokens=4, progress=lambda done, _: done < 40 or stream.stop())
     assert "".join(stream) == ""
     assert stream.result.finish_reason == "abort"
-    assert 40 <= stream.result.usage.seen_tokens < len(stream.prompt)
+    assert 40 <= stream.result.usage.seen_tokens < len(stream.answer.prompt)
     assert conversation.send("once upon", max_tokens=4, ignore_eos=True).finish().usage.completion_tokens == 4
 
 

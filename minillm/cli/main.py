@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "trace",
     "plan",
+    "serve",
     "bench",
     "pull",
     "quantize",

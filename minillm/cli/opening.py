@@ -60,8 +60,19 @@ def choose_sampling(args: argparse.Namespace, checkpoint: Checkpoint) -> Samplin
     return params
 
 
-def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int | None) -> CachePlan:
-    """The cache that the options name; `context` is the whole where --context is not given, see Checkpoint.plan."""
+def plan_cache(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    *,
+    context: int | None,
+    rows: int = 1,
+    reading: int | None = None,
+    requests: int = 0,
+) -> CachePlan:
+    """The cache that the options name; `context` is the whole where --context is not given, see Checkpoint.plan.
+
+    rows, reading, requests: of a server, see MemoryPlan.
+    """
     options = dict(option.split("=", 1) for option in args.policy_option or ())
     return checkpoint.plan(
         budget=args.budget,
@@ -69,6 +80,9 @@ def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int
         memory=args.memory,
         chunk=args.chunk,
         logit_rows=logit_rows(args),
+        reading=reading,
+        requests=requests,
+        rows=rows,
         policy=args.policy,
         sinks=args.sinks,
         recent=args.recent,
@@ -81,11 +95,25 @@ def plan_cache(args: argparse.Namespace, checkpoint: Checkpoint, *, context: int
     )
 
 
-def load(args: argparse.Namespace, checkpoint: Checkpoint, plan: CachePlan) -> LLM:
+def load(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    plan: CachePlan,
+    *,
+    reading: int | None = None,
+    requests: int = 0,
+) -> LLM:
     """Read the weights, with a progress meter, and allocate the cache; BudgetError before, if there is no room."""
     from ..llm import LLM
 
-    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=logit_rows(args))
+    memory = checkpoint.memory_plan(
+        plan,
+        memory=args.memory,
+        chunk=args.chunk,
+        logit_rows=logit_rows(args),
+        reading=reading,
+        requests=requests,
+    )
     memory.require()
     model = checkpoint.load_model(Meter("loading", "bytes").update)
     return LLM(checkpoint, model, plan, chunk=args.chunk, memory=memory)

@@ -31,8 +31,8 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, in which precision, where and on how many threads; --seed and --json."""
+def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True) -> None:
+    """Which model, in which precision, where and on how many threads; --seed and --json for what draws and ends."""
     add_hub_options(parser)
     group = parser.add_argument_group("computation")
     group.add_argument(
@@ -54,8 +54,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: the cores this process may use)"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a fresh one, reported)")
-    add_json_option(parser)
+    if draws:
+        group.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a fresh one, reported)")
+        add_json_option(parser)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,74 @@
+"""From what a request says to the token ids that are fed: chat templates, and the beginning of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chat import Message
+from ..errors import MinillmError, PromptError
+from ..llm import LLM
+from .protocol import ApiError, Ask, Prompt
+
+
+def encoded(llm: LLM, ask: Ask, notes: dict[str, Any] | None) -> list[Tensor]:
+    """Token ids [n] of every prompt.  notes: of the session that this goes on with; None where nothing was before.
+
+    Takes a while: a template is rendered by a process of its own.  Raises ApiError.
+    """
+    try:
+        prompts = [_tokens(llm, prompt, notes) for prompt in ask.prompts]
+        for tokens in prompts:
+            llm.plan.require_room(len(tokens) + (0 if notes is None else 1))
+    except MinillmError as error:
+        field = "messages" if ask.kind == "chat" else "prompt"
+        raise ApiError(400, str(error), param=field, code=_code(error)) from None
+    return prompts
+
+
+def text_of(llm: LLM, prompt: Prompt) -> str:
+    """A prompt as it is echoed."""
+    if isinstance(prompt, str):
+        return prompt
+    return llm.checkpoint.tokenizer.decode([token for token in prompt if isinstance(token, int)], continuation=True)
+
+
+def continues(llm: LLM, ask: Ask) -> bool:
+    """Whether an answer goes on with the text of its prompt, so that a space before its first word is real."""
+    return ask.kind == "completion" or llm.checkpoint.template is None
+
+
+def _tokens(llm: LLM, prompt: Prompt, notes: dict[str, Any] | None) -> Tensor:
+    if isinstance(prompt, str):
+        return _text(llm, prompt, notes)
+    if isinstance(prompt[0], int):
+        return llm.ids(prompt)
+    messages: Sequence[Message] = prompt
+    template = llm.checkpoint.template
+    if template is None:  # as `minillm chat` does: the model goes on with the text
+        return _text(llm, "\n".join(message["content"] for message in messages), notes)
+    if notes is None:
+        text = template.render(messages)
+    elif len(messages) == 1 and messages[0]["role"] == "user":
+        text = template.render_turn(messages[0], system=notes.get("system"))
+    else:
+        raise PromptError(
+            "a session that goes on takes one user message, and keeps the earlier ones itself: send only what is new"
+        )
+    return torch.tensor(llm.checkpoint.tokenizer.encode(text, bos=False), dtype=torch.int32)  # [n]
+
+
+def _text(llm: LLM, text: str, notes: dict[str, Any] | None) -> Tensor:
+    if notes is None:
+        return llm.encode(text, raw=True)
+    ids = llm.checkpoint.tokenizer.encode(text, bos=False, continuation=True)
+    if not ids:
+        raise PromptError("the prompt is empty: give some text")
+    return torch.tensor(ids, dtype=torch.int32)  # [n]
+
+
+def _code(error: MinillmError) -> str | None:
+    return "context_length_exceeded" if type(error).__name__ == "ContextFullError" else None
