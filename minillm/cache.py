@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -58,6 +59,7 @@ class KVCache:
         """
         layers = config.num_hidden_layers
         self.retentions = tuple(retentions) if isinstance(retentions, Sequence) else (retentions,) * layers
+        self.config = config
         self.policy, self.rows, self.device, self.on_overflow = policy, rows, torch.device(device), on_overflow
         self.trained = config.max_position_embeddings if position_mode == "window" else None
         self.kinds: Tensor | None = None  # [V] uint8 flags of every token id, for policies that need them
@@ -111,7 +113,10 @@ class KVCache:
         """
         one = copy(self)
         one.rows, one.seen = 1, [self.seen[row]]
-        one.layers = [layer.row(row, self.fixed) for layer in self.layers]
+        one.layers = [
+            replace(layer.row(row, self.fixed), query_block=query_block(self.config, layer.retention, 1))
+            for layer in self.layers
+        ]
         return one
 
     def copy_(self, other: KVCache) -> None:

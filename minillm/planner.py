@@ -218,11 +218,12 @@ class MemoryPlan:
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
-        width = (self.reading or plan.rows) * self.chunk * item
+        rows = self.reading or plan.rows
+        width = rows * self.chunk * item
         attending, feeding = 4 * heads * config.head_dim, 3 * config.intermediate_size  # numbers per token
         parts = {
             "activations": width * (3 * config.hidden_size + max(attending, feeding)),
-            "attention": max(0, attention_bytes(plan, self.chunk) - width * max(0, feeding - attending)),
+            "attention": max(0, attention_bytes(plan, self.chunk, rows) - width * max(0, feeding - attending)),
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
@@ -236,7 +237,7 @@ class MemoryPlan:
         return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
 
 
-def attention_bytes(plan: CachePlan, chunk: int) -> int:
+def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:
     """The most bytes that live at once while a block of queries evicts, attends and is observed, per slot and KV head.
 
     attend: scores, their softmax and the mask of one block; keys and values as numbers to compute with, where they are
@@ -244,8 +245,8 @@ def attention_bytes(plan: CachePlan, chunk: int) -> int:
     """
     config, item = plan.config, plan.dtype.itemsize
     retention = max(plan.retentions, key=lambda retention: retention.slots)
-    kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, plan.rows))
+    kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, rows))
     dense = 2 * item * config.head_dim if plan.int8 else 0
     attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
     evict = 48 * retention.slots + plan.policy.scratch(config, retention, plan.int8 or item < 4) if plan.evicts else 0
-    return plan.rows * kv_heads * max(retention.slots * (dense + attend), evict)
+    return rows * kv_heads * max(retention.slots * (dense + attend), evict)

@@ -57,6 +57,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
 USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store"}
+USERS_FILES |= {"minillm.cli.serve", "minillm.server.sessions", "minillm.server.app"}  # a key, sessions, the page
 USERS_FILES |= {"minillm.cgroups", "minillm.machine"}  # /proc
 DISK_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "mkdir", "unlink", "touch", "rmdir"}
 DISK_OS = re.compile(

@@ -357,7 +357,7 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
         cache.layers[0].flagged = pinned
         with torch.inference_mode(), Living() as living:
             attend_(cache.layers[0], q, k, k, span, q if plan.position_mode == "window" else None)
-        lived, planned = living.most - q.nbytes, attention_bytes(plan, 256)  # the result is counted as an activation
+        lived, planned = living.most - q.nbytes, attention_bytes(plan, 256, plan.rows)  # the result is counted as an activation
         assert lived <= planned <= 2 * lived + MIB, (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
 
 
@@ -382,7 +382,7 @@ def test_an_eviction_holds_what_the_plan_says(policy: str, options: dict[str, An
             layer.positions[:] = torch.arange(slots, dtype=torch.int32)
             with torch.inference_mode(), Living() as living:
                 evict_(layer, q, k, torch.tensor([now]), settle=now == slots)
-            assert living.most <= attention_bytes(plan, 1), (kv_heads, kv_dtype, every, now)
+            assert living.most <= attention_bytes(plan, 1, plan.rows), (kv_heads, kv_dtype, every, now)
 
 
 def test_loading_counts_the_tensor_that_is_converted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from minillm.cli.main import COMMANDS, build_parser, main
 
 from .conftest import ROOT
+from .serving import serving
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -52,10 +54,37 @@ def test_snippets_run(tmp_path: Path) -> None:
         assert "kept_tokens=" in done.stdout
 
 
+def test_the_server_answers_as_the_readme_says(tmp_path: Path) -> None:
+    (start,) = commands("readme: serve")
+    questions = commands("readme: ask the server")
+    snippets = [text for language, text in blocks("readme: ask the server") if language == "python"]
+    assert questions
+    assert snippets
+    words = shlex.split(start)
+    assert words[:2] == ["minillm", "serve"]
+    words[words.index("--sessions") + 1] = str(tmp_path / "sessions")
+    with serving(*words[2:]) as served:
+        for line in questions:
+            asked = shlex.split(line.replace("http://127.0.0.1:8000", served.url))
+            if shutil.which(asked[0]) is None:
+                print(f"not run, {asked[0]} is not installed: {line}")
+                continue
+            done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert "error" not in done.stdout
+            assert len(done.stdout) > 20
+        for text in snippets:
+            text = text.replace("http://127.0.0.1:8000", served.url)
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert "completion_tokens=40" in done.stdout
+
+
 def test_no_block_is_left_out_and_every_command_is_shown() -> None:
-    marked = sum(len(blocks(mark)) for mark in ("readme: run", "readme: needs the hub", "ci: main", "ci: test"))
+    marks = ("readme: run", "readme: needs the hub", "readme: serve", "readme: ask the server", "ci: main", "ci: test")
+    marked = sum(len(blocks(mark)) for mark in marks)
     assert marked == README.count("```") // 2
-    shown = {shlex.split(line)[1] for mark in ("readme: run", "readme: needs the hub") for line in commands(mark)}
+    shown = {shlex.split(line)[1] for mark in marks[:3] for line in commands(mark)}
     assert shown == set(COMMANDS)
 
 

@@ -52,6 +52,7 @@ def test_a_plain_chat() -> None:
         include_usage=False,
         echo=False,
         session=None,
+        resume=False,
         timeout=None,
     )
 
@@ -180,6 +181,7 @@ def test_streams_sessions_and_timeouts() -> None:
     assert chat(stream=True, stream_options={"include_usage": True}).include_usage
     assert not chat(stream=True, stream_options={"include_usage": None, "include_obfuscation": False}).include_usage
     assert chat(session="a_B-9.x").session == "a_B-9.x"
+    assert chat(session="a", resume=True).resume
     assert chat(timeout=60).timeout == 60
     assert complete(n=4, prompt=["a", "b"], best_of=4).n == 4
 
@@ -243,6 +245,8 @@ BOTH: list[Case] = [
     ({"session": "a" * 65}, "session", "64"),
     ({"session": "a\n"}, "session", "64"),
     ({"session": "a", "n": 2}, "session", "n = 1"),
+    ({"resume": True}, "resume", "needs the session"),
+    ({"resume": 1, "session": "a"}, "resume", "true or false"),
     ({"timeout": 0}, "timeout", "more than 0"),
     ({"timeout": 61}, "timeout", "at most 60"),
     ({"model": 5}, "model", "text"),
@@ -348,6 +352,7 @@ def test_errors_as_clients_read_them() -> None:
     assert ApiError(429, "busy", retry_after=3).headers() == {"Retry-After": "3"}
     for status in (408, 409, 429, 500, 503):
         assert ApiError(status, "later").headers() == {}
+    assert ApiError(408, "too late", final=True).headers() == {"x-should-retry": "false"}
 
 
 # --- any JSON at all -----------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..units import size
 from .opening import open_checkpoint, plan_cache
-from .options import add_cache_options, add_model_options
+from .options import add_cache_options, add_model_options, positive
 from .report import facts_before
+from .serve import add_rows_options, requests_bytes
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_model_options(parser)
     add_cache_options(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--rows", type=positive, metavar="N", help="as `serve` needs it, for N answers drawn together")
+    add_rows_options(group)
     parser.set_defaults(run=run)
 
 
@@ -32,8 +36,15 @@ def run(args: argparse.Namespace) -> int:
     from .. import llm  # noqa: F401  # what the commands that run have loaded counts as base
     from ..memory import room
 
-    plan = plan_cache(args, checkpoint, context=None)
-    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=1)
+    server: dict[str, int] = {}
+    if args.rows is not None:
+        from ..server import app  # noqa: F401  # counts as base, too
+
+        server = {"reading": 1, "requests": requests_bytes(args)}
+    plan = plan_cache(
+        args, checkpoint, context=None, rows=1 if args.rows is None else args.rows + args.prefixes, **server
+    )
+    memory = checkpoint.memory_plan(plan, memory=args.memory, chunk=args.chunk, logit_rows=1, **server)
     ever = room(checkpoint.device).ever
     limit = ever if memory.promise is None else min(ever, memory.promise)
     fits = memory.total <= limit

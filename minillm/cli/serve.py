@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `serve` to the command line."""
     parser = subparsers.add_parser(
         "serve",
-        help="serve an OpenAI-compatible API, and a chat page, in a fixed amount of memory",
+        help="serve an OpenAI-compatible API and a chat page",
         description="Serve an OpenAI-compatible API at /v1, and a chat page at /. Every answer has a row of the cache, "
         "allocated at start: what does not find one waits, and what does not find room to wait is told to come back. "
         "SIGTERM or Ctrl-C finishes what runs; a second one stops at once.",
@@ -40,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine only")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free one")
+    group.add_argument("--rows", type=positive, default=4, metavar="N", help="answers drawn together (default: 4)")
     add_rows_options(group)
     group.add_argument("--queue", type=int, default=64, metavar="N", help="answers that may wait (default: 64)")
     group.add_argument("--name", metavar="NAME", help="what the model is called (default: as in --model)")
@@ -68,8 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def add_rows_options(group: argparse._ArgumentGroup) -> None:
-    """What decides how much a server holds, beside the budget."""
-    group.add_argument("--rows", type=positive, default=4, metavar="N", help="answers drawn together (default: 4)")
+    """What decides how much a server holds, beside the budget and --rows."""
     group.add_argument(
         "--prefixes", type=int, default=1, metavar="N", help="shared beginnings of prompts that are kept (default: 1)"
     )
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"serve needs the package {error.name}: pip install 'minillm[serve]'") from None
     key = _key(args)
     if args.host not in LOOPBACK and key is None:
-        raise ConfigError(
-            f"--host {args.host} lets other machines in: give --api-key-file FILE or --api-key KEY, or stay on 127.0.0.1"
-        )
+        raise ConfigError(f"--host {args.host} lets other machines in: give --api-key-file FILE, or stay on 127.0.0.1")
     for option, value, least in (
         ("--queue", args.queue, 0),
         ("--prefixes", args.prefixes, 0),
@@ -119,8 +117,6 @@ def run(args: argparse.Namespace) -> int:
     rows, requests = args.rows + args.prefixes, requests_bytes(args)
     plan = plan_cache(args, checkpoint, context=None, rows=rows, reading=1, requests=requests)
     say(facts_before(checkpoint, plan))
-    if args.sessions is not None:
-        args.sessions.mkdir(parents=True, exist_ok=True)
     llm = load(args, checkpoint, plan, reading=1, requests=requests)
     settings = Settings(
         rows=args.rows,
@@ -215,7 +211,7 @@ def _listen(args: argparse.Namespace) -> socket.socket:
         listening.bind((args.host, args.port))
     except (OSError, OverflowError) as error:
         listening.close()
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot listen on {args.host}:{args.port}: {reason}; choose another --port") from None
     listening.listen(1024)
     return listening

@@ -145,7 +145,7 @@ class Server:
 
     async def _answer(self, read: Callable[..., Ask], scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.json(receive) as body:
-            ask = read(body, self.options.limits, self.llm.checkpoint.sampling_defaults)
+            ask = await asyncio.to_thread(read, body, self.options.limits, self.llm.checkpoint.sampling_defaults)
             del body
             call, events = await self._call(ask)
         head = scope["state"]["request_id"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.routing import Router
+from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from .connection import ClientLeftError
@@ -75,7 +75,8 @@ class Door:
                 raise
             await JSONResponse(refusal.body(), refusal.status, refusal.headers())(scope, receive, told)
         finally:
-            path = getattr(scope.get("route"), "path", "other")
+            route = scope.get("route")
+            path = route.path if isinstance(route, Route) else "other"
             self._metrics.requests.labels(path, str(status or "left")).inc()
         return None
 

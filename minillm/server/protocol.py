@@ -231,7 +231,7 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _content(value: Any, name: str) -> str:
-    """Text, or a list of parts, of which each becomes a line as in vLLM and llama.cpp."""
+    """Text, or a list of parts, of which each becomes a line, as in vLLM."""
     if not isinstance(value, (str, list)):
         raise _wrong(name, value, "text or a list of text parts")
     return _text(value, name) if isinstance(value, str) else "\n".join(_listing(_part, 0, _MOST)(value, name))

@@ -164,7 +164,7 @@ class TextOffsets:
         return offsets
 
     def _pass(self, token: str, text: str, at: int) -> int:
-        """Where `text` goes on after a token, which may not be shown to its end, or without its space, or not at all."""
+        """Where `text` goes on after a token, which may be shown in part, or without its space, or not at all."""
         self._rest = ""
         for shown in (token, token.removeprefix(" ")):
             here = text[at : at + len(shown)]

@@ -45,6 +45,8 @@ class Sessions:
         self, folder: Path | None, *, most: int, seconds: float, log: Callable[[str], None], resume: bool = True
     ) -> None:
         """Finds what is in the folder.  most: how many are kept; seconds: how long an idle one is."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what was said in them is nobody else's business
         self._folder, self._most, self._seconds, self._log = folder, most, seconds, log
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime) if folder and resume else []
