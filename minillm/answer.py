@@ -127,6 +127,11 @@ class Answer:
         return self._shown(text)
 
     @property
+    def cut(self) -> bool:
+        """Whether a stop string ended it, so that the text of the latest tokens is not shown."""
+        return self._stops.stopped
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens drawn so far."""
         return len(self._ids)

@@ -120,17 +120,18 @@ class Choice:
         if error is not None:
             status = 503 if isinstance(error, MemoryPromiseError) else 500
             return self.call.fail(ApiError(status, str(error), "server_error"))
-        self._tell(self.answer.close())
+        self._tell(self.answer.close(), last=True)
         result = self.answer.result
         usage = replace(result.usage, prompt_tokens=self.cached + len(self.prompt))
         self.metrics.ended(result.finish_reason, usage)
         self.call.emit(Finished(self.index, result.finish_reason, usage, self.cached, result.seed))
         return None
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, *, last: bool = False) -> None:
+        """Text and the tokens that it shows; at last those without text, too, such as the one that ended it all."""
         self._shown += len(text)
-        ready = []
-        while self._held and self._held[0][0] < self._shown:
+        ready, rest = [], last and not self.answer.cut
+        while self._held and (rest or self._held[0][0] < self._shown):
             ready.append(self._held.popleft()[1])
         if text or ready:
             ids = tuple(entry.token_id for entry in ready)
@@ -138,7 +139,7 @@ class Choice:
 
     def _echo(self) -> None:
         number = self.index // self.call.ask.n
-        logprobs = tuple(self.answer.prompt_logprobs)
+        logprobs = tuple(self.answer.prompt_logprobs[-len(self.tokens) :])  # without a session's pending token
         ids = tuple(self.tokens.tolist()) if logprobs else ()
         self.call.emit(Piece(self.index, self.call.texts[number], logprobs, prompt=True, token_ids=ids))
 

@@ -134,7 +134,7 @@ class Sessions:
     def forget(self, name: str) -> bool:
         """Remove it, and its file; whether there was one."""
         kept = self._kept.pop(name, None)
-        if self._folder is not None:
+        if kept is not None and self._folder is not None:
             with suppress(OSError):
                 self._file(name).unlink(missing_ok=True)
         return kept is not None

@@ -144,7 +144,9 @@ class Worker(threading.Thread):
         return {"id": name, "resident": True, **facts, "remembered": remembered(session, usage)}
 
     def session_notes(self, name: str) -> dict[str, Any] | None:
-        """What a session was begun with; None where there is none.  For `ask`."""
+        """What a session was begun with; None where there is none, ApiError where it is in use.  For `ask`."""
+        if self.sessions.running(name):
+            raise busy_session(name)
         return self.sessions.notes(name)
 
     def forget(self, name: str) -> None:
