@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from minillm.chat import Message
 from minillm.results import TokenLogprob, Usage
 from minillm.sampling import SamplingParams
-from minillm.server.protocol import ApiError, Ask, Finished, Limits, Piece, chat_ask, completion_ask
+from minillm.server.fields import ApiError
+from minillm.server.protocol import Ask, Finished, Limits, Piece, chat_ask, completion_ask
 from minillm.server.replies import Replies, TextOffsets, token_string
 
 LIMITS = Limits(model="tiny", real_vocab=100, choices=8, max_tokens=600, timeout=60)

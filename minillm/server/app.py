@@ -22,11 +22,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .. import __version__
 from ..llm import LLM
 from .call import Call, Event, Reading
-from .connection import Bodies, ClientLeftError, EventStream, left
+from .connection import Bodies, ClientLeftError, EventStream, left, within
 from .door import Door, Options
+from .fields import ApiError
 from .metrics import Metrics
 from .prompting import continues, encoded, text_of
-from .protocol import ApiError, Ask, Finished, Piece, chat_ask, completion_ask
+from .protocol import Ask, Finished, Piece, chat_ask, completion_ask
 from .replies import Replies
 from .worker import Worker, no_session
 
@@ -212,7 +213,7 @@ class Server:
         unfinished, told, opened = len(call.prompts) * call.ask.n, 0.0, False
         while unfinished:
             try:
-                event = await asyncio.wait_for(events.get(), ALIVE)
+                event = await within(ALIVE, events.get())
             except asyncio.TimeoutError:
                 await stream.comment("waiting")
                 continue

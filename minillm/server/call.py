@@ -17,8 +17,9 @@ from ..answer import Answer
 from ..errors import MemoryPromiseError, MinillmError
 from ..results import TokenLogprob
 from ..sampling import Sample
+from .fields import ApiError
 from .metrics import Metrics
-from .protocol import ApiError, Ask, Finished, Piece
+from .protocol import Ask, Finished, Piece
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Send
 
-from .protocol import ApiError
+from .fields import ApiError
 
+T = TypeVar("T")
 SLOW_READER = 30.0  # seconds that a client may take to accept what is sent
 SLOW_SENDER = 30.0  # seconds between two pieces of a body
 BODIES = 4  # times the largest body: what all bodies together may hold
@@ -57,7 +58,7 @@ async def pieces(receive: Receive) -> AsyncIterator[bytes]:
     more = True
     while more:
         try:
-            message = await asyncio.wait_for(receive(), SLOW_SENDER)
+            message = await within(SLOW_SENDER, receive())
         except asyncio.TimeoutError:
             raise ApiError(408, f"nothing came for {SLOW_SENDER:g} s: send the body at once") from None
         if message["type"] == "http.disconnect":
@@ -82,6 +83,22 @@ async def left(receive: Receive) -> None:
     """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def within(seconds: float, what: Awaitable[T]) -> T:
+    """Its result; asyncio.TimeoutError if that takes longer.
+
+    Unlike asyncio.wait_for, which before Python 3.12 forgets that it was cancelled if the result comes at that moment:
+    whoever streams to a client that has left would wait for ever.
+    """
+    task = asyncio.ensure_future(what)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+    finally:
+        task.cancel()  # does nothing where it is done
+    if not task.done():
+        raise asyncio.TimeoutError
+    return task.result()
 
 
 class EventStream:
@@ -118,7 +135,7 @@ class EventStream:
 
     async def _out(self, message: dict[str, Any]) -> None:
         try:
-            await asyncio.wait_for(self._send(message), SLOW_READER)
+            await within(SLOW_READER, self._send(message))
         except asyncio.TimeoutError:
             raise ClientLeftError from None  # it may still be there, but it does not read
         except OSError:

@@ -15,8 +15,9 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from .connection import ClientLeftError
+from .fields import ApiError
 from .metrics import Metrics
-from .protocol import ApiError, Limits
+from .protocol import Limits
 
 PUBLIC = ("/", "/health", "/health/live", "/health/ready")  # without a key
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..chat import Message
 from ..errors import MinillmError, PromptError
 from ..llm import LLM
-from .protocol import ApiError, Ask, Prompt
+from .fields import ApiError
+from .protocol import Ask, Prompt
 
 
 def encoded(llm: LLM, ask: Ask, notes: dict[str, Any] | None) -> list[Tensor]:

@@ -25,9 +25,9 @@ from ..llm import LLM
 from ..results import Usage
 from ..session import Session
 from .call import Call, Choice
+from .fields import ApiError
 from .metrics import Metrics
 from .prefixes import Prefixes
-from .protocol import ApiError
 from .sessions import Sessions
 
 T = TypeVar("T")
