@@ -45,6 +45,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._seconds = seconds
 
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
+
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate | None:
         """The folder's chat_template.jinja, else tokenizer_config.json's chat_template; None if it has neither.

@@ -82,15 +82,14 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: object, env: dict[str, str] | None = None) -> Iterator[Served]:
+def serving(*arguments: object, env: dict[str, str] | None = None, first: str = "") -> Iterator[Served]:
     """`minillm serve` on a free port with these options, until it is left; then it is told to end, and has to.
 
-    env: what to add to the environment.
+    env: what to add to the environment.  first: Python to run in the process before that, such as to change a constant.
     """
-    command = [sys.executable, "-m", "minillm", "serve", "--port", "0", "--threads", "1", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})}
-    )
+    start = f"import sys\n{first}\nfrom minillm.cli.main import main\nsys.exit(main())"
+    command = [sys.executable, "-c", start, "serve", "--port", "0", "--threads", "1", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
     served = Served(process)
 
     def listen() -> None:

@@ -357,7 +357,8 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
         cache.layers[0].flagged = pinned
         with torch.inference_mode(), Living() as living:
             attend_(cache.layers[0], q, k, k, span, q if plan.position_mode == "window" else None)
-        lived, planned = living.most - q.nbytes, attention_bytes(plan, 256, plan.rows)  # the result is counted as an activation
+        planned = attention_bytes(plan, 256, plan.rows)
+        lived = living.most - q.nbytes  # the result is counted as an activation
         assert lived <= planned <= 2 * lived + MIB, (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
 
 

@@ -223,7 +223,7 @@ BOTH: list[Case] = [
     ({"max_tokens": 0}, "max_tokens", "0"),
     ({"max_tokens": math.inf}, "max_tokens", "Infinity"),
     ({"max_completion_tokens": 10**30}, "max_completion_tokens", "600"),
-    ({"stop": ["a"] * 5}, "stop", "5 entries.* 4"),
+    ({"stop": ["a"] * 17}, "stop", "17 entries.* 16"),
     ({"stop": ""}, "stop", "0 characters"),
     ({"stop": ["a", ""]}, "stop[1]", "0 characters"),
     ({"stop": "a" * 257}, "stop", "257 characters.* 256"),

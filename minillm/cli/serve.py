@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..units import size
 from .opening import load, open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
@@ -19,7 +19,9 @@ from .report import facts_before, say
 if TYPE_CHECKING:
     from types import FrameType
 
+    from ..llm import LLM
     from ..server.app import Server
+    from ..server.door import Options
     from ..server.worker import Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -80,9 +82,16 @@ def add_rows_options(group: argparse._ArgumentGroup) -> None:
 
 def requests_bytes(args: argparse.Namespace) -> int:
     """What a server holds for its clients at most, beside the cache."""
+    return CONNECTIONS * CONNECTION_BYTES + BODY_BYTES * _max_body(args)
+
+
+def _max_body(args: argparse.Namespace) -> int:
     from ..planner import size_of
 
-    return CONNECTIONS * CONNECTION_BYTES + BODY_BYTES * size_of(args.max_body)
+    try:
+        return size_of(args.max_body)
+    except BudgetError:
+        raise ConfigError(f"--max-body {args.max_body} is not a size such as 1MiB") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,21 +105,19 @@ def run(args: argparse.Namespace) -> int:
     key = _key(args)
     if args.host not in LOOPBACK and key is None:
         raise ConfigError(f"--host {args.host} lets other machines in: give --api-key-file FILE, or stay on 127.0.0.1")
-    for option, value, least in (
-        ("--queue", args.queue, 0),
-        ("--prefixes", args.prefixes, 0),
-        ("--port", args.port, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{option} must be at least {least}, not {value}")
-    listening = _listen(args)
+    for option, value in (("--queue", args.queue), ("--prefixes", args.prefixes), ("--port", args.port)):
+        if value < 0:
+            raise ConfigError(f"{option} must be at least 0, not {value}")
+    with _listen(args) as listening:
+        _load_and_serve(args, key, listening)
+    return 0
+
+
+def _load_and_serve(args: argparse.Namespace, key: str | None, listening: socket.socket) -> None:
     checkpoint = open_checkpoint(args)
 
-    from ..planner import size_of
     from ..server.app import Server
-    from ..server.door import Options
     from ..server.metrics import Metrics
-    from ..server.protocol import Limits
     from ..server.worker import Settings, Worker
 
     checkpoint.tokenizer, checkpoint.template  # noqa: B018  # what is wrong with them is to be said now
@@ -128,25 +135,8 @@ def run(args: argparse.Namespace) -> int:
     )
     metrics = Metrics()
     worker = Worker(llm, settings, metrics, say)
-    name = args.name or checkpoint.name
-    limits = Limits(
-        model=name,
-        real_vocab=llm.real_vocab,
-        choices=args.rows + args.queue,
-        max_tokens=args.max_tokens,
-        timeout=float(args.timeout),
-    )
-    options = Options(
-        name=name,
-        limits=limits,
-        max_body=size_of(args.max_body),
-        seconds=float(args.timeout),
-        key=key,
-        origins=tuple(args.allow_origin),
-        hosts=("127.0.0.1", "localhost", "[::1]") if args.host in LOOPBACK else (),
-    )
+    server = Server(llm, worker, metrics, _options(args, llm, key))
     worker.start()
-    server = Server(llm, worker, metrics, options)
     address = f"http://{_written(args.host)}:{listening.getsockname()[1]}"
     say(f"{args.rows} rows of {plan.slots:,} slots, {size(plan.nbytes)} of cache in all; {args.queue} answers may wait")
     say(f"chat at {address}/ and the API at {address}/v1; Ctrl-C finishes what runs and ends")
@@ -154,11 +144,36 @@ def run(args: argparse.Namespace) -> int:
     worker.drain()
     worker.join()
     say("done")
-    return 0
+
+
+def _options(args: argparse.Namespace, llm: LLM, key: str | None) -> Options:
+    from ..server.door import Options
+    from ..server.protocol import Limits
+
+    name = args.name or llm.checkpoint.name
+    limits = Limits(
+        model=name,
+        real_vocab=llm.real_vocab,
+        choices=args.rows + args.queue,
+        max_tokens=args.max_tokens,
+        timeout=float(args.timeout),
+    )
+    return Options(
+        name=name,
+        limits=limits,
+        max_body=_max_body(args),
+        seconds=float(args.timeout),
+        key=key,
+        origins=tuple(args.allow_origin),
+        # Without a key, a page elsewhere whose name leads here could ask; with one, a proxy may call us what it likes.
+        hosts=("127.0.0.1", "localhost", "[::1]") if args.host in LOOPBACK and key is None else (),
+    )
 
 
 async def _serve(server: Server, worker: Worker, listening: socket.socket) -> None:
     import uvicorn
+
+    from ..server.http import IDLE, Connection
 
     class Ending(uvicorn.Server):
         """Signals: the first lets running answers finish, the second does not."""
@@ -167,6 +182,8 @@ async def _serve(server: Server, worker: Worker, listening: socket.socket) -> No
             if self.should_exit:
                 worker.stop()
                 self.force_exit = True
+                for connection in list(self.server_state.connections):
+                    loop.call_soon_threadsafe(connection.transport.abort)
             else:
                 say("finishing what runs; once more to stop at once")
                 worker.drain()
@@ -174,15 +191,17 @@ async def _serve(server: Server, worker: Worker, listening: socket.socket) -> No
 
     config = uvicorn.Config(
         server.app,
-        log_level="warning",
+        log_level="error",  # who sends junk shall not fill the log
         access_log=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=75,
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=int(IDLE),
         h11_max_incomplete_event_size=64 << 10,
         server_header=False,
         lifespan="off",
     )
-    server.ready = True
+    server.ready, loop = True, asyncio.get_running_loop()
     await Ending(config).serve(sockets=[listening])
 
 

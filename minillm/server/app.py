@@ -24,7 +24,7 @@ from ..llm import LLM
 from .call import Call, Event, Reading
 from .connection import Bodies, ClientLeftError, EventStream, left, within
 from .door import Door, Options
-from .fields import ApiError
+from .fields import MOST, ApiError, Fields, flag, listing, text, whole
 from .metrics import Metrics
 from .prompting import continues, encoded, text_of
 from .protocol import Ask, Finished, Piece, chat_ask, completion_ask
@@ -110,21 +110,25 @@ class Server:
         tokenizer = self.llm.checkpoint.tokenizer
         named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
         told = {name: None if token is None else tokenizer.piece(token) for name, token in named.items()}
-        told |= {"pad_token": None, "chat_template": None}
+        template = self.llm.checkpoint.template
+        told |= {"pad_token": None, "chat_template": None if template is None else template.source}
         return JSONResponse({"name": self.options.name, "vocab_size": tokenizer.vocab_size, **told})
 
     async def tokenize(self, request: Request) -> Response:
         """{"prompt": text, "add_special_tokens": true} -> {"tokens": ids, "count": n}, as vLLM has it."""
         async with self._bodies.json(request.receive) as body:
-            prompt = body.get("prompt") if isinstance(body, dict) else None
-            if not isinstance(prompt, str):
-                raise ApiError(400, "prompt must be a text", param="prompt")
-            special = body.get("add_special_tokens")
-            if special is not None and not isinstance(special, bool):
-                raise ApiError(400, "add_special_tokens must be true or false", param="add_special_tokens")
+            fields = Fields(body)
+            prompt, special = fields.need("prompt", text), fields.get("add_special_tokens", flag)
             async with self._rendering:
                 ids = await asyncio.to_thread(self._tokenize, prompt, special is not False)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": None})
+
+    async def detokenize(self, request: Request) -> Response:
+        """{"tokens": ids} -> {"prompt": text}."""
+        async with self._bodies.json(request.receive) as body:
+            ids = Fields(body).need("tokens", listing(whole(0, self.options.limits.real_vocab - 1), 0, MOST))
+            prompt = await asyncio.to_thread(self.llm.checkpoint.tokenizer.decode, ids)
+        return JSONResponse({"prompt": prompt})
 
     async def session(self, request: Request) -> Response:
         """GET what is remembered of a session, or DELETE it."""
@@ -268,6 +272,7 @@ class Server:
             Route("/v1/models/{name:path}", self.models),
             Route("/tokenizer_info", self.tokenizer_info),
             Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/v1/sessions/{name}", self.session, methods=["GET", "DELETE"]),
             Route("/v1/chat/completions", _Raw(self.chat), methods=["POST"]),
             Route("/v1/completions", _Raw(self.complete), methods=["POST"]),

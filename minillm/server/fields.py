@@ -56,6 +56,7 @@ def wrong(name: str, value: object, expected: str, *, param: str | None = None) 
 
 
 def flag(value: Any, name: str) -> bool:
+    """true or false, and no number."""
     if not isinstance(value, bool):
         raise wrong(name, value, "true or false")
     return value
@@ -94,6 +95,7 @@ def text(value: Any, name: str) -> str:
 
 
 def measure(value: str | list[Any] | dict[str, Any], name: str, least: int, most: int, units: str) -> None:
+    """Raise unless it has so many units."""
     if not least <= len(value) <= most:
         limits = f"{least} to {most}" if most < MOST else f"at least {least}"
         raise ApiError(400, f"{name} has {len(value)} {units}; give {limits}", param=name)
@@ -120,6 +122,7 @@ class Fields:
         self.raw, self._prefix = value, name and f"{name}."
 
     def get(self, key: str, kind: Kind[T]) -> T | None:
+        """A field; None where it is not there."""
         value = self.raw.get(key)
         return None if value is None else kind(value, self._prefix + key)
 
@@ -128,6 +131,7 @@ class Fields:
         return kind(self.raw.get(key), self._prefix + key)
 
     def refuse(self, key: str, harmless: list[Any], why: str) -> None:
+        """Raise if a field asks for something that is not done here."""
         value, name = self.raw.get(key), self._prefix + key
         if value is not None and value not in harmless:
             raise ApiError(400, f"{name} is not supported: {why}; leave it out", param=name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..chat import Message
-from ..errors import MinillmError, PromptError
+from ..errors import ContextFullError, MinillmError, PromptError
 from ..llm import LLM
 from .fields import ApiError
 from .protocol import Ask, Prompt
@@ -25,9 +25,14 @@ def encoded(llm: LLM, ask: Ask, notes: dict[str, Any] | None) -> list[Tensor]:
         for tokens in prompts:
             llm.plan.require_room(len(tokens) + (0 if notes is None else 1))
     except MinillmError as error:
-        field = "messages" if ask.kind == "chat" else "prompt"
-        raise ApiError(400, str(error), param=field, code=_code(error)) from None
+        raise refusal(error, ask) from None
     return prompts
+
+
+def refusal(error: MinillmError, ask: Ask) -> ApiError:
+    """That a prompt cannot be read, because of what it is, or for want of room."""
+    code = "context_length_exceeded" if isinstance(error, ContextFullError) else None
+    return ApiError(400, str(error), param="messages" if ask.kind == "chat" else "prompt", code=code)
 
 
 def text_of(llm: LLM, prompt: Prompt) -> str:
@@ -69,7 +74,3 @@ def _text(llm: LLM, text: str, notes: dict[str, Any] | None) -> Tensor:
     if not ids:
         raise PromptError("the prompt is empty: give some text")
     return torch.tensor(ids, dtype=torch.int32)  # [n]
-
-
-def _code(error: MinillmError) -> str | None:
-    return "context_length_exceeded" if type(error).__name__ == "ContextFullError" else None

@@ -51,7 +51,7 @@ class Limits:
     default_max_tokens: int = 512  # of a chat that names none, as far as max_tokens allows
     timeout: float = 3600.0  # seconds that a request may give itself
     messages: int = 10_000
-    stops: int = 4
+    stops: int = 16  # OpenAI allows 4, and lm-evaluation-harness asks for more
     stop_chars: int = 256  # of one stop string
     stop_token_ids: int = 16
     biases: int = 1024

@@ -49,6 +49,8 @@ class Sessions:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what was said in them is nobody else's business
         self._folder, self._most, self._seconds, self._log = folder, most, seconds, log
         self._kept: OrderedDict[str, Kept] = OrderedDict()
+        for leftover in folder.glob(f"*{SUFFIX}.*.tmp") if folder else []:  # of a server that was killed as it saved
+            leftover.unlink(missing_ok=True)
         files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime) if folder and resume else []
         for file in files:
             self._kept[file.name.removesuffix(SUFFIX)] = Kept(saved=True, used=file.stat().st_mtime)
@@ -88,14 +90,13 @@ class Sessions:
         try:
             return saved_notes(self._file(name))
         except SessionError as error:
-            self.forget(name)
-            self._log(f"session {name} is gone: {error}")
+            self._set_aside(name, error)
             return None
 
     def open(self, name: str, row: int, llm: LLM, params: SamplingParams) -> Session:
         """The session of that name in this row, a new one if there is none.
 
-        Raises SessionError for a file that cannot be used: it is then forgotten.
+        Raises SessionError for a file that cannot be used: it is then set aside.
         """
         kept = self._kept.setdefault(name, Kept())
         self._kept.move_to_end(name)
@@ -104,8 +105,8 @@ class Sessions:
             if kept.saved:
                 try:
                     kept.session.load(self._file(name))
-                except SessionError:
-                    self.forget(name)
+                except SessionError as error:
+                    self._set_aside(name, error)
                     raise
         kept.session.use(params)
         kept.row, kept.running, kept.saved, kept.used = row, True, False, time.time()
@@ -160,8 +161,18 @@ class Sessions:
     def forget_rows(self) -> None:
         """What is in the rows can no longer be trusted: sessions go back to their files, or are gone."""
         for name, kept in list(self._kept.items()):
-            if kept.row is not None:
+            if kept.row is not None and kept.saved:
+                kept.row = kept.session = None
+            elif kept.row is not None:
                 self.forget(name)
+
+    def _set_aside(self, name: str, error: SessionError) -> None:
+        """A file that is damaged, or was saved under other options, which may come back: not ours to delete."""
+        del self._kept[name]
+        with suppress(OSError):
+            file = self._file(name)
+            file.replace(file.with_suffix(f"{SUFFIX}.refused"))
+        self._log(f"session {name} cannot be used, its file is set aside as {name}{SUFFIX}.refused: {error}")
 
     def _save(self, name: str, kept: Kept) -> bool:
         assert kept.session is not None

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +22,18 @@ from ..answer import Answer
 from ..engine import Engine
 from ..errors import MinillmError, SessionError
 from ..llm import LLM
+from ..memory import trim
 from ..results import Usage
 from ..session import Session
 from .call import Call, Choice
 from .fields import ApiError
 from .metrics import Metrics
 from .prefixes import Prefixes
+from .prompting import refusal
 from .sessions import Sessions
 
 T = TypeVar("T")
+QUIET = 1.0  # seconds without anything to do, after which freed memory is handed back
 STRETCHES = 256  # of a conversation, in what `remembered` tells
 
 
@@ -68,6 +71,7 @@ class Worker(threading.Thread):
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running: dict[int, Choice] = {}  # by row
         self._draining = self._stopping = False
+        self._trimmed = True
         self._threads = torch.get_num_threads()
 
     # --- for other threads ---
@@ -77,7 +81,7 @@ class Worker(threading.Thread):
         choices = call.choices()
         with self._changed:
             if self._draining:
-                raise ApiError(503, "the server is shutting down", "server_error", retry_after=5)
+                raise shutting_down()
             idle = self._settings.rows - len(self._running)
             if len(self._waiting) + len(choices) > self._settings.queue + idle:
                 raise ApiError(
@@ -97,9 +101,11 @@ class Worker(threading.Thread):
             self._changed.notify()
 
     def ask(self, order: Callable[[], T]) -> Future[T]:
-        """Have something done by the worker's thread, between two steps."""
+        """Have something done by the worker's thread, between two steps.  Raises ApiError where it is too late."""
         future: Future[T] = Future()
         with self._changed:
+            if self._draining:  # the thread may have ended
+                raise shutting_down()
             self._orders.append((order, future))
             self._changed.notify()
         return future
@@ -166,7 +172,7 @@ class Worker(threading.Thread):
                 self._turn()
             except Exception as error:  # a bug: nobody's answer can be trusted, but the next one's can
                 self._log(f"an answer failed, which is a bug of minillm: {error!r}")
-                self._fail_all(ApiError(500, "the server failed; this is a bug of minillm", "server_error"))
+                self._fail_all(broken())
         self.sessions.save_all()
 
     def _done(self) -> bool:
@@ -174,17 +180,21 @@ class Worker(threading.Thread):
 
     def _turn(self) -> None:
         """Hear what is new, give rows to who waits, and step."""
-        pause = self.sessions.tidy()
+        pause, quiet = self.sessions.tidy(), False
         with self._changed:
             if not (self._waiting or self._running or self._orders or self._draining):
-                self._changed.wait(max(0.05, pause))
+                quiet = not self._changed.wait(max(0.05, pause if self._trimmed else min(pause, QUIET)))
             orders = list(self._orders)
             self._orders.clear()
         for order, future in orders:
             _obey(order, future)
         self._drop()
         self._admit()
+        if quiet and not self._trimmed:
+            trim()
+            self._trimmed = True
         if self.engine.busy:
+            self._trimmed = False
             begun = time.perf_counter()
             self.engine.step()
             self._metrics.step.observe(time.perf_counter() - begun)
@@ -192,7 +202,6 @@ class Worker(threading.Thread):
     def _drop(self) -> None:
         """Whose client has left, or whose time is up, or whom a shutdown does not wait for."""
         now, late = time.monotonic(), ApiError(408, "the time for this request is over", code="timeout", final=True)
-        gone = ApiError(503, "the server is shutting down", "server_error", retry_after=5)
         with self._changed:
             waiting = list(self._waiting)
         for choice in [*waiting, *self._running.values()]:
@@ -201,7 +210,7 @@ class Worker(threading.Thread):
                 self._metrics.left.labels("timeout").inc()
         if self._draining:
             for choice in [*waiting, *(self._running.values() if self._stopping else ())]:
-                choice.call.fail(gone)
+                choice.call.fail(shutting_down())
         with self._changed:
             self._waiting = deque(choice for choice in self._waiting if not choice.call.over)
         for row, choice in list(self._running.items()):
@@ -222,7 +231,10 @@ class Worker(threading.Thread):
             except SessionError as error:
                 self._refuse(choice, ApiError(404, str(error), "not_found_error", "session", "session_not_found"))
             except MinillmError as error:
-                self._refuse(choice, ApiError(400, str(error)))
+                self._refuse(choice, refusal(error, choice.call.ask))
+            except Exception:
+                self._refuse(choice, broken())
+                raise
 
     def _check_session(self, call: Call) -> None:
         """Its prompt was written for a session that is there, or for one that begins."""
@@ -319,6 +331,16 @@ def remembered(session: Session, usage: Usage) -> list[float]:
     return (counts / (holders * first.diff().clamp(min=1))).tolist()
 
 
+def shutting_down() -> ApiError:
+    """Another server may be there soon."""
+    return ApiError(503, "the server is shutting down", "server_error", retry_after=5)
+
+
+def broken() -> ApiError:
+    """A bug."""
+    return ApiError(500, "the server failed, which is a bug of minillm: see its log", "server_error")
+
+
 def no_session(name: str) -> ApiError:
     """Unknown, expired or deleted."""
     message = f"there is no session {name!r}: it has expired, was deleted, or never was; begin a new one"
@@ -334,7 +356,7 @@ def busy_session(name: str) -> ApiError:
 def _of_row(llm: LLM, cache: Any) -> LLM:
     """An LLM over one row; several share a model."""
     one = copy(llm)
-    one.cache, one.owner, one.plan = cache, None, llm.plan.changed(rows=1)
+    one.cache, one.owner, one.plan = cache, None, replace(llm.plan, rows=1)
     return one
 
 
