@@ -224,7 +224,8 @@ def _listen(args: argparse.Namespace) -> socket.socket:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16) if hard > 0 else hard, hard))
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    listening = socket.socket(family)
+    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named; else some wait for 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((args.host, args.port))

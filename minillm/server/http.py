@@ -31,6 +31,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
+        self.cycle.body.clear()  # what was sent along and not asked for
         super().on_response_complete()
         self._expect_head()
 

@@ -14,6 +14,8 @@ from ..llm import LLM
 from .fields import ApiError
 from .protocol import Ask, Prompt
 
+MOST_LOGPROBS = 1 << 17  # numbers that are kept until an answer ends, some 300 bytes each
+
 
 def encoded(llm: LLM, ask: Ask, notes: dict[str, Any] | None) -> list[Tensor]:
     """Token ids [n] of every prompt.  notes: of the session that this goes on with; None where nothing was before.
@@ -26,6 +28,7 @@ def encoded(llm: LLM, ask: Ask, notes: dict[str, Any] | None) -> list[Tensor]:
             llm.plan.require_room(len(tokens) + (0 if notes is None else 1))
     except MinillmError as error:
         raise refusal(error, ask) from None
+    _require_few_logprobs(llm, ask, prompts)
     return prompts
 
 
@@ -33,6 +36,24 @@ def refusal(error: MinillmError, ask: Ask) -> ApiError:
     """That a prompt cannot be read, because of what it is, or for want of room."""
     code = "context_length_exceeded" if isinstance(error, ContextFullError) else None
     return ApiError(400, str(error), param="messages" if ask.kind == "chat" else "prompt", code=code)
+
+
+def _require_few_logprobs(llm: LLM, ask: Ask, prompts: list[Tensor]) -> None:
+    params = ask.params
+    if params.logprobs is None:
+        return
+    drawn = params.max_tokens if llm.plan.evicts else min(params.max_tokens, llm.plan.slots)
+    tokens = ask.n * len(prompts) * drawn
+    if params.prompt_logprobs is not None:
+        tokens += ask.n * sum(len(prompt) for prompt in prompts)
+    numbers = tokens * (1 + params.logprobs)
+    if numbers > MOST_LOGPROBS:
+        raise ApiError(
+            400,
+            f"{tokens:,} tokens with {1 + params.logprobs} log-probabilities each are {numbers:,} numbers; ask for "
+            f"{MOST_LOGPROBS:,} at most: fewer tokens, fewer answers or fewer log-probabilities",
+            param="logprobs",
+        )
 
 
 def text_of(llm: LLM, prompt: Prompt) -> str:
