@@ -44,13 +44,13 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
 
     Raises RankError where they do not find each other, and later, from whatever waits for a rank that is gone.
     """
-    with _watching("to meet"):
+    with _watching():
         store, rank, ranks = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
         yield Ranks(rank, ranks, store=PrefixStore("minillm", store))
-        with _watching("to end"):
+        with suppress(RuntimeError):  # all was said and done
             dist.barrier()
     finally:
         with suppress(RuntimeError):
@@ -211,7 +211,7 @@ class Together(EvictionPolicy):
 
 
 @contextmanager
-def _watching(what: str = "to go on") -> Iterator[None]:
+def _watching() -> Iterator[None]:
     """Turn what torch.distributed raises into one line."""
     try:
         yield
@@ -220,6 +220,6 @@ def _watching(what: str = "to go on") -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
         raise RankError(
-            f"another process that computes this model is gone or does not answer, and was needed {what} ({reason}): "
-            "see what it said, and start all of them again"
+            f"another process that computes this model is gone or does not answer ({reason}): see what it said, and "
+            "start all of them again"
         ) from error

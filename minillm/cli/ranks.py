@@ -1,0 +1,54 @@
+"""One command line in several processes: what torchrun says of them, and that the user reads everything once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+from ..errors import ConfigError
+from ..shard import Team
+
+SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
+TOGETHER = ("generate", "score", "bench")  # commands that run in several processes
+
+
+@contextmanager
+def together() -> Iterator[Team]:
+    """The processes that torchrun has started, where it has started several; only the first of them prints.
+
+    What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team()
+        return
+    from ..parallel import connected
+
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, connected() as team:  # noqa: PTH123
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a rank that unwinds leaves the others waiting
+        stdout, stderr = (sys.stdout, sys.stderr) if team.rank == 0 else (nowhere, nowhere)
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            try:
+                yield team
+            except Exception:
+                if team.first_to_speak():
+                    raise
+                time.sleep(SECONDS_TO_SPEAK)
+                os._exit(2)
+
+
+def refuse_what_is_for_one(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what several processes cannot do together."""
+    if args.team.ranks == 1:
+        return
+    if args.command not in TOGETHER:
+        raise ConfigError(
+            f"{args.command} runs in one process, and {args.team.ranks} were started: leave torchrun out (only "
+            f"{', '.join(TOGETHER)} run in several)"
+        )
+    if args.command == "generate" and args.session is not None:
+        raise ConfigError("--session keeps the heads of one process: leave torchrun out, or the session")
