@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from ..errors import ConfigError
 from ..shard import Team
 
 SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
+SECONDS_TO_HEAR = 2.0  # that this one stays, and with it, if it is the first, what the others ask whether to speak
 TOGETHER = ("generate", "score", "bench")  # commands that run in several processes
 
 
@@ -26,6 +28,7 @@ def together() -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of a lost connection, with 30 lines of stack
     from ..parallel import connected
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, connected() as team:  # noqa: PTH123
@@ -36,6 +39,7 @@ def together() -> Iterator[Team]:
                 yield team
             except Exception:
                 if team.first_to_speak():
+                    atexit.register(lambda: time.sleep(SECONDS_TO_HEAR if team.ranks > 1 else 0))
                     raise
                 time.sleep(SECONDS_TO_SPEAK)
                 os._exit(2)
