@@ -47,7 +47,10 @@ def connected(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     with _watching():
         store, rank, ranks = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=rank))  # one for each
+        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(kinds, store=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
         yield Ranks(rank, ranks, store=PrefixStore("minillm", store))
         with suppress(RuntimeError):  # all was said and done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from ..errors import ConfigError
 from ..shard import Team
 
 SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
-SECONDS_TO_HEAR = 2.0  # that this one stays, and with it, if it is the first, what the others ask whether to speak
+SECONDS_TO_HEAR = 2.0  # that the first one stays after it has spoken
 TOGETHER = ("generate", "score", "bench")  # commands that run in several processes
 
 
@@ -31,18 +32,24 @@ def together() -> Iterator[Team]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of a lost connection, with 30 lines of stack
     from ..parallel import connected
 
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, connected() as team:  # noqa: PTH123
+    with connected() as team:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a rank that unwinds leaves the others waiting
-        stdout, stderr = (sys.stdout, sys.stderr) if team.rank == 0 else (nowhere, nowhere)
+        stdout, stderr = (sys.stdout, sys.stderr) if team.rank == 0 else (_Nowhere(), _Nowhere())
         with redirect_stdout(stdout), redirect_stderr(stderr):
             try:
                 yield team
             except Exception:
                 if team.first_to_speak():
-                    atexit.register(lambda: time.sleep(SECONDS_TO_HEAR if team.ranks > 1 else 0))
+                    atexit.register(_stay, team)
                     raise
                 time.sleep(SECONDS_TO_SPEAK)
                 os._exit(2)
+
+
+def _stay(team: Team) -> None:
+    """Let the others ask who has spoken: what they ask may live in the first of them."""
+    if team.rank == 0:
+        time.sleep(SECONDS_TO_HEAR)
 
 
 def refuse_what_is_for_one(args: argparse.Namespace) -> None:
@@ -56,3 +63,10 @@ def refuse_what_is_for_one(args: argparse.Namespace) -> None:
         )
     if args.command == "generate" and args.session is not None:
         raise ConfigError("--session keeps the heads of one process: leave torchrun out, or the session")
+
+
+class _Nowhere(io.StringIO):
+    """Forgets what is written to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
