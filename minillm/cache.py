@@ -87,6 +87,7 @@ class KVCache:
                     window=self.trained - retention.sinks if far and self.trained is not None else window,
                     far=far,
                     query_block=query_block(config, retention, rows),
+                    first_head=config.first_kv_head,
                 )
             )
         self._fewest = min(retention.slots for retention in self.retentions)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .memory import held, trim
 from .model import Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
+from .shard import Team, require_groups
 from .tokenizer import Tokenizer
 
 BACKENDS = ("auto", "reference", "cpu")
@@ -45,6 +46,7 @@ class Checkpoint:
     offline: bool = False
     scheme: Scheme | None = None  # of the linear layers; None = they are numbers in `dtype`
     backend: str = "reference"  # who computes: one of BACKENDS, decided
+    team: Team = field(default=Team(), compare=False)  # the processes that compute it together; `config` is of a part
 
     @classmethod
     def open(
@@ -58,6 +60,7 @@ class Checkpoint:
         weights: str = "auto",
         backend: str = "auto",
         with_weights: bool = True,
+        team: Team = Team(),  # noqa: B008  # has no state
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 
@@ -65,15 +68,17 @@ class Checkpoint:
         mps.  weights: "int8", "int8-a16" or "int4" quantises the linear layers, see Scheme; auto leaves them as stored.
         backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, else reference.
         with_weights: False downloads only the small files, enough to plan.
+        team: who computes it together; this process then opens its part.
 
         Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
         place = _device(device)
         folder = hub.resolve(name, revision=revision, offline=offline, weights=with_weights)
-        config = loader.read_config(folder)
+        config = team.part_of(loader.read_config(folder))
         kind = loader.choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
-        return cls(name, folder, config, kind, place, offline, choose_scheme(weights, config, chosen), chosen)
+        scheme = choose_scheme(weights, config, chosen)
+        return cls(name, folder, config, kind, place, offline, scheme, chosen, team)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,14 +157,15 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> int:
-        """Bytes that this process holds before it reads weights: Python, libraries, the tokenizer.
+        """Bytes that this process holds before it reads weights: Python, libraries, the tokenizer; the most in a team,
+        so that all plan the same.
 
         Only what torch allocates counts on a CUDA device, where this is 0.
         """
         with suppress(CheckpointError):  # none there: whoever needs it will say so
             self.tokenizer  # noqa: B018
         trim()
-        return held(self.device).now
+        return self.team.most(held(self.device).now)
 
     @cached_property
     def weights(self) -> inventory.Weights:
@@ -171,7 +177,7 @@ class Checkpoint:
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
-        return loader.load_model(
+        model = loader.load_model(
             self.folder,
             self.config,
             dtype=self.dtype,
@@ -180,6 +186,7 @@ class Checkpoint:
             fused=self.backend == "cpu",
             progress=progress,
         )
+        return self.team.join_(model)
 
     @property
     def computed_by(self) -> str:
@@ -202,6 +209,7 @@ def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme |
     if name is None:
         return None
     scheme = Scheme(name)
+    require_groups(config, name)
     if requested != "auto" and stored is not None and stored != requested.partition("-")[0]:
         raise ConfigError(
             f"--weights {requested} was asked for, but the checkpoint is stored as {stored}; name the one that it was "

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .backends.reference import attend_
 from .cache import CacheRows, KVCache
 from .config import ModelConfig, RopeScaling
+from .shard import output_rows
 from .slots import LayerSlots, Span
 
 Attend = Callable[[LayerSlots, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
@@ -30,7 +31,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, output_rows(config), bias=False)
         )
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache | CacheRows) -> Tensor:

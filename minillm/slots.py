@@ -94,6 +94,7 @@ class LayerCache:
     window: int | None  # a query sees positions > its own - window; None = all
     far: bool  # whether it sees sinks and pinned tokens even outside the window
     query_block: int  # queries that attend together
+    first_head: int = 0  # which of the KV heads of the model is the first one here
     flagged: bool = False  # whether a token ever had flags: known to the host, so that they cost nothing if not
 
     def __post_init__(self) -> None:

@@ -17,6 +17,8 @@ from typing import NoReturn, TextIO
 
 from .. import __version__
 from ..errors import MinillmError
+from ..shard import Team
+from .ranks import refuse_what_is_for_one, together
 
 COMMANDS = (
     "generate",
@@ -44,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; we do without
         try:
-            status = _run(argv)
-            sys.stdout.flush()
+            with together() as team:
+                status = _run(argv, team)
+                sys.stdout.flush()
             return status
         except MinillmError as error:
             return _fail(str(error))
@@ -59,19 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, team: Team) -> int:
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser(team).parse_args(argv)
     except SystemExit as done:  # argparse has answered: --help, --version, or a mistake
         return int(done.code or 0)
+    refuse_what_is_for_one(args)
     status: int = args.run(args)
     return status
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each `minillm.cli.<command>` adds its own."""
+def build_parser(team: Team = Team()) -> argparse.ArgumentParser:  # noqa: B008  # has no state
+    """The parser of all commands; each `minillm.cli.<command>` adds its own.  team: who runs them."""
     parser = _Parser(prog="minillm", description="Run a language model inside a memory budget that you name.")
     parser.add_argument("--version", action="version", version=f"minillm {__version__}")
+    parser.set_defaults(team=team)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         import_module(f"minillm.cli.{command}").add_parser(subparsers)
