@@ -1,0 +1,177 @@
+"""The Triton kernels beside the reference, interpreted on the CPU; test_triton.py runs this file in such a process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm.backends import reference, triton
+from minillm.cache import KVCache
+from minillm.eviction import Retention
+from minillm.policies import make_policy
+from minillm.slots import PINNED, LayerCache, Span
+
+from .helpers import tiny_config
+
+TRAINED = 18
+
+
+def layer_of(
+    policy: str,
+    retention: Retention,
+    *,
+    heads: tuple[int, int, int] = (4, 2, 16),
+    rows: int = 1,
+    dtype: torch.dtype = torch.float32,
+    int8: bool = False,
+    window: int | None = None,
+    from_afar: bool = False,
+    **options: int | bool | None,
+) -> LayerCache:
+    """One layer's slots.  heads: H, Hkv, D.  from_afar: the trained length is a window, sinks stay visible."""
+    config = tiny_config(
+        num_hidden_layers=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=heads[2],
+        sliding_windows=(window,),
+        max_position_embeddings=TRAINED,
+    )
+    mode = "window" if from_afar else "absolute"
+    rule = make_policy(policy, **options)
+    return KVCache(config, rule, retention, rows=rows, dtype=dtype, int8=int8, position_mode=mode).layers[0]
+
+
+def drawn(
+    layer: LayerCache, heads: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, T, D], k and v [B, Hkv, T, D], alike in part, as real keys are."""
+    rows, kv_heads, _, dim = layer.keys.shape
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, heads, tokens, dim, generator=generator)
+    k, v = torch.randn(2, rows, kv_heads, tokens, dim, generator=generator)
+    return q.to(dtype), (k + 0.5).to(dtype), v.to(dtype)
+
+
+def span_of(first: list[int], flags: Tensor | None = None, length: int = 1) -> Span:
+    host = torch.tensor(first)[:, None] + torch.arange(length)  # [B, T]
+    return Span(host, host, tuple(first), length, flags)
+
+
+def same(layer: LayerCache, other: LayerCache) -> None:
+    """Every tensor, bit for bit; the sum of directions but for the order of sums."""
+    for name, tensor in layer.tensors().items():
+        if name == "total":
+            torch.testing.assert_close(other.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(other.tensors()[name], tensor), name
+
+
+def compare(
+    first: list[int], steps: int, policy: str = "hashevict", *,
+    retention: Retention = Retention.of(16, sinks=2, recent=4, evict_every=3),  # noqa: B008
+    heads: tuple[int, int, int] = (4, 2, 16), pins: tuple[int, ...] = (), dtype: torch.dtype = torch.float32,
+    tolerance: float = 2e-6, **options: object,
+) -> None:  # fmt: skip
+    """The same tokens through the reference and the kernels, one a row and step, after so many that lie there."""
+    layers = [layer_of(policy, retention, heads=heads, rows=len(first), dtype=dtype, **options) for _ in range(2)]  # type: ignore[arg-type]
+    _, k, v = drawn(layers[0], heads[0], max(first), 99, dtype)
+    for layer in layers:
+        fill_(layer, k, v, first, pins)
+    for step in range(steps):
+        q, k, v = drawn(layers[0], heads[0], 1, step, dtype)
+        now = [start + step for start in first]
+        q_far = None
+        if layers[0].far and max(now) >= TRAINED:  # as the model does: a row that is not there yet asks nobody from afar
+            q_far = torch.where(torch.tensor(now).view(-1, 1, 1, 1) >= TRAINED, q.roll(1, 3), q)
+        flags = torch.tensor([[PINNED if at in pins else 0] for at in now], dtype=torch.uint8) if pins else None
+        expected = reference.attend_(layers[0], q, k, v, span_of(now, flags), q_far)
+        found = triton.attend_(layers[1], q, k, v, span_of(now, flags), q_far)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    same(*layers)
+
+
+def fill_(layer: LayerCache, k: Tensor, v: Tensor, first: list[int], pins: tuple[int, ...] = ()) -> None:
+    """Tokens 0, 1, ..., so many in every row, in the slots of their positions: k, v [B, Hkv, n, D]."""
+    for row, count in enumerate(first):
+        one = layer.row(row, frozenset(layer.state) - frozenset(layer.slot_state))
+        one.flagged = layer.flagged = bool(pins)
+        flags = torch.tensor([[PINNED if at in pins else 0 for at in range(count)]], dtype=torch.uint8)
+        mine = slice(row, row + 1)
+        one.write_(k[mine, :, :count], v[mine, :, :count], span_of([0], flags, count), 0, count)
+
+
+EVERY_RULE = ["window", "hashevict", "hashevict-key", "hashevict-plus"]
+
+
+@pytest.mark.parametrize("policy", EVERY_RULE)
+def test_rows_in_different_phases(policy: str) -> None:
+    """Some not full, one past its first eviction, one due when the others are not."""
+    compare([15, 3, 16], 6, policy)
+
+
+def test_nothing_is_evicted_without_a_policy_for_it() -> None:
+    compare([0, 6], 3, "full")
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 32), (6, 2, 80), (8, 1, 64), (10, 2, 128), (3, 3, 256), (16, 1, 32), (4, 2, 8)], ids=str
+)
+def test_groups_and_widths(heads: tuple[int, int, int]) -> None:
+    compare([15], 5, "hashevict-plus", heads=heads)
+    compare([16], 2, "hashevict", heads=heads)
+
+
+@pytest.mark.parametrize("policy", ["hashevict", "hashevict-key"])
+@pytest.mark.parametrize("bits", [16, 24, 40, 64, 96, 128])
+def test_bits(policy: str, bits: int) -> None:
+    compare([16], 4, policy, hash_bits=bits, per_head=bits == 40, orthogonal=bits == 64)
+
+
+@pytest.mark.parametrize("policy", ["hashevict", "hashevict-plus"])
+def test_eight_bits(policy: str) -> None:
+    compare([15, 7], 5, policy, int8=True)
+
+
+@pytest.mark.parametrize("policy", ["window", "hashevict", "hashevict-plus"])
+def test_a_sliding_window(policy: str) -> None:
+    """What lies outside of it goes first."""
+    compare([15, 5], 6, policy, window=9)
+
+
+@pytest.mark.parametrize("pins", [(), (1, 6, 7)], ids=["", "pinned"])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_sinks_and_pins_asked_from_afar(pins: tuple[int, ...], int8: bool) -> None:
+    """Past the trained length, while another row is not there yet."""
+    compare([16, 14], 6, "hashevict", from_afar=True, pins=pins, int8=int8)
+
+
+def test_pins_without_a_window() -> None:
+    compare([15, 4], 6, "hashevict-plus", pins=(3, 5, 10, 17))
+
+
+@pytest.mark.parametrize("policy", EVERY_RULE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(policy: str, dtype: torch.dtype) -> None:
+    """The interpreter cuts bfloat16 off where a GPU rounds, hence the tolerance.  The victims are the same."""
+    compare([16], 4, policy, heads=(4, 2, 64), dtype=dtype, tolerance=0.03)
+
+
+def test_sixteen_bits_over_eight() -> None:
+    compare([16], 4, heads=(4, 2, 64), dtype=torch.bfloat16, tolerance=0.05, int8=True)
+
+
+def test_many_slots_that_fill_no_block() -> None:
+    """Several cuts, the last one not whole; one row full, one nearly empty, one with less than a cut."""
+    retention = Retention.of(triton.CUT * 2 + 37, sinks=4, recent=16, evict_every=5)
+    layers = [layer_of("hashevict-plus", retention, rows=3) for _ in range(2)]
+    _, k, v = drawn(layers[0], 4, retention.slots, seed=1)
+    for layer in layers:
+        fill_(layer, k, v, [retention.slots, 2, 200])
+    for step in range(2):
+        q, k, v = drawn(layers[0], 4, 1, seed=2 + step)
+        now = [retention.slots + step, 2 + step, 200 + step]
+        expected = reference.attend_(layers[0], q, k, v, span_of(now))
+        torch.testing.assert_close(triton.attend_(layers[1], q, k, v, span_of(now)), expected, rtol=2e-6, atol=2e-6)
+    same(*layers)
