@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm import LLM
 from minillm.backends import reference, triton
-from minillm.cache import KVCache
+from minillm.cache import CacheRows, KVCache
 from minillm.eviction import Retention
+from minillm.model import Attention, Transformer
 from minillm.policies import make_policy
 from minillm.slots import PINNED, LayerCache, Span
 
-from .helpers import tiny_config
+from .helpers import kept_positions, make_cache, run, tiny_config, tiny_model
 
 TRAINED = 18
 
@@ -80,10 +82,10 @@ def compare(
     for layer in layers:
         fill_(layer, k, v, first, pins)
     for step in range(steps):
-        q, k, v = drawn(layers[0], heads[0], 1, step, dtype)
+        q, k, v = drawn(layers[0], heads[0], 1, 1000 + step, dtype)  # not the seed of a projection
         now = [start + step for start in first]
         q_far = None
-        if layers[0].far and max(now) >= TRAINED:  # as the model does: a row that is not there yet asks nobody from afar
+        if layers[0].far and max(now) >= TRAINED:  # as the model does: rows that are not there yet are asked as ever
             q_far = torch.where(torch.tensor(now).view(-1, 1, 1, 1) >= TRAINED, q.roll(1, 3), q)
         flags = torch.tensor([[PINNED if at in pins else 0] for at in now], dtype=torch.uint8) if pins else None
         expected = reference.attend_(layers[0], q, k, v, span_of(now, flags), q_far)
@@ -175,3 +177,63 @@ def test_many_slots_that_fill_no_block() -> None:
         expected = reference.attend_(layers[0], q, k, v, span_of(now))
         torch.testing.assert_close(triton.attend_(layers[1], q, k, v, span_of(now)), expected, rtol=2e-6, atol=2e-6)
     same(*layers)
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+
+def on_triton(model: Transformer) -> Transformer:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = triton.attend_
+    return model
+
+
+@pytest.mark.parametrize("policy", [*EVERY_RULE, "keydiff", "h2o"])
+def test_a_prompt_in_chunks(policy: str) -> None:
+    """Two rows; stretches go through torch's kernel, lone tokens through ours; no kernel, or none at all: as ever."""
+    tokens = torch.randint(97, (2, 44), generator=torch.Generator().manual_seed(1))
+    found, kept = [], []
+    for model, chunk in ((tiny_model(), 44), (on_triton(tiny_model()), 19)):
+        cache = make_cache(model, policy, slots=24, rows=2, evict_every=4)
+        found.append(torch.cat([run(model, cache, tokens[:, :42], chunk), run(model, cache, tokens[:, 42:], 1)], 1))
+        kept.append(kept_positions(cache))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert kept[0] == kept[1]
+
+
+def test_a_prompt_past_the_trained_length() -> None:
+    tokens = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
+    config, found = tiny_config(max_position_embeddings=24), []
+    for model in (tiny_model(config), on_triton(tiny_model(config))):
+        cache = make_cache(model, "hashevict", slots=16, evict_every=3, position_mode="window")
+        found.append(torch.cat([run(model, cache, tokens[:, :38], 13), run(model, cache, tokens[:, 38:], 1)], 1))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_of_an_engine_with_some_idle() -> None:
+    """Rows 2 and 0 of three take a step, in a batch of four: the two that fill up see nothing and write nothing."""
+    found, kept = [], []
+    for model in (tiny_model(), on_triton(tiny_model())):
+        cache = make_cache(model, "hashevict", slots=16, rows=3, evict_every=2)
+        views = [cache.row(row) for row in (2, 0)]
+        for view, count in zip(views, (17, 5), strict=True):
+            run(model, view, torch.arange(count)[None] + 7, 16)
+        together = CacheRows(cache, [2, 0], views, batch=4)
+        for step in range(3):
+            tokens = torch.tensor([[3 + step], [9], [0], [0]])
+            hidden = model(tokens, together.append(), together)  # [4, 1, hidden]
+        found.append(model.logits(hidden[:2]))
+        kept.append(kept_positions(cache))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert kept[0] == kept[1]
+
+
+def test_the_embedded_model() -> None:
+    """By name, through the front door."""
+    told = [
+        LLM.load(backend=backend, dtype="float32", device="cpu", budget=24).generate("Once", max_tokens=3).text
+        for backend in ("reference", "triton")
+    ]
+    assert told[0] == told[1]

@@ -116,7 +116,7 @@ def join(parts, sums, out, cuts, dim, DIM: tl.constexpr, BLOCK: tl.constexpr):
         total += tl.sum(share * tl.load(sums + part * 2 + 1, cut < cuts, other=0), 0)
         real = (cut < cuts)[:, None] & (d < dim)[None, :]
         found += tl.sum(share[:, None] * tl.load(parts + part[:, None] * dim + d[None, :], real, other=0), 0)
-    tl.store(out + head * dim + d, tl.where(total > 0, found / total, 0.0), d < dim)
+    tl.store(out + head * dim + d, found / tl.maximum(total, 1e-30), d < dim)  # a total of what was seen is at least 1
 
 
 @triton.jit

@@ -144,13 +144,14 @@ def attend_one(layer: LayerSlots, q: Tensor, now: Tensor, q_far: Tensor | None) 
     whole, rows = _parts(layer)
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, whole.positions.shape[1:]
     cuts, group = triton.cdiv(slots, CUT), heads // kv_heads
+    block = BLOCK if _padded(dim) * q.element_size() <= 512 else BLOCK // 2  # keys and values lie in shared memory
     parts = torch.empty(batch * heads, cuts, dim, device=q.device)  # [B * H, cuts, D]
     sums = torch.empty(batch * heads, cuts, 2, device=q.device)  # [B * H, cuts, 2]
     kernels.attend[(batch * kv_heads, cuts)](
         *(q.contiguous(), None if q_far is None else q_far.contiguous(), whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, rows, now.contiguous(), parts, sums),
         *(kv_heads, slots, dim, group, cuts, _window(whole), whole.retention.sinks, dim**-0.5),
-        **{"FAR": whole.far, "GROUP": _padded(group), "DIM": _padded(dim), "CUT": CUT, "BLOCK": BLOCK},
+        **{"FAR": whole.far, "GROUP": _padded(group), "DIM": _padded(dim), "CUT": CUT, "BLOCK": block},
         MATH=_number_kind(q.dtype),
     )
     out = q.new_empty(q.shape)  # [B, H, 1, D]
