@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import LLM
+from minillm import LLM, CheckpointError, ConfigError, ContextFullError
 from minillm.backends import reference, triton
-from minillm.cache import CacheRows, KVCache
+from minillm.backends.graph import Eager, Steps
+from minillm.cache import CacheRows, KVCache, PositionMode
 from minillm.eviction import Retention
 from minillm.model import Attention, Transformer
 from minillm.policies import make_policy
@@ -237,3 +241,117 @@ def test_the_embedded_model() -> None:
         for backend in ("reference", "triton")
     ]
     assert told[0] == told[1]
+
+
+# --- recorded steps ---------------------------------------------------------------------------------------------------
+
+
+def read_prompt(model: Transformer, view: KVCache, length: int) -> int:
+    return int(run(model, view, torch.arange(length)[None] + 7, 16)[0, -1].argmax())
+
+
+def told_alone(cache: KVCache, row: int, length: int, count: int) -> list[int]:
+    """A prompt of so many tokens and the answer to it, one token after the other by the reference."""
+    model, view = tiny_model(cache.config), cache.row(row)
+    answer = [read_prompt(model, view, length)]
+    while len(answer) < count:
+        answer.append(int(run(model, view, torch.tensor([answer[-1:]]), 1)[0, -1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("mode", ["absolute", "window"])
+def test_rows_that_come_and_go(mode: PositionMode) -> None:
+    """Three rows in batches of 1, 2 and 3, read one step late: what each would have said alone, and the same cache."""
+    config = tiny_config(max_position_embeddings=20)
+    model, options = on_triton(tiny_model(config)), {"slots": 16, "rows": 3, "evict_every": 2, "position_mode": mode}
+    cache, alone = (make_cache(model, "hashevict-plus", **options) for _ in range(2))  # type: ignore[arg-type]
+    steps = Steps(model, cache, Eager())
+    addresses = [tensor.data_ptr() for tensor in (steps._tokens, steps._positions, steps._rows, steps._drawn)]
+    answers: dict[int, list[int]] = {}
+    for row, length, following in ((2, 15, 2), (0, 18, 2), (1, 3, 3)):
+        view = cache.row(row)
+        answers[row] = [read_prompt(model, view, length)]
+        steps.enter(row, view, answers[row][0])
+        for _ in range(following):
+            for other, token in steps.step().items():
+                answers[other].append(token)
+        if row == 0:
+            steps.leave(2)
+    for other, token in steps.finish().items():
+        answers[other].append(token)
+    assert {row: len(answer) for row, answer in answers.items()} == {2: 5, 0: 6, 1: 4}
+    for row, length in ((2, 15), (0, 18), (1, 3)):
+        assert answers[row] == told_alone(alone, row, length, len(answers[row]))
+    assert kept_positions(cache) == kept_positions(alone)
+    assert addresses == [tensor.data_ptr() for tensor in (steps._tokens, steps._positions, steps._rows, steps._drawn)]
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what tells the host a value, makes a shape depend on one, or brings one from the host."""
+
+    REFUSED = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "lift_fresh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, f"values pass between host and device by {name}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_can_fail() -> None:
+    for step in (lambda: torch.ones(1).item(), lambda: torch.tensor(3), lambda: torch.ones(3).nonzero()):
+        with pytest.raises(AssertionError, match="between host and device"), NoHost():
+            step()
+
+
+@pytest.mark.parametrize("policy", [*EVERY_RULE, "full"])
+def test_no_host_value_in_a_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill, settle, evict and idle; lists and numbers that dispatch would not see are refused by name."""
+    model = on_triton(tiny_model(tiny_config(max_position_embeddings=20)))
+    cache = make_cache(model, policy, slots=16, rows=3, evict_every=2, position_mode="window")
+    steps = Steps(model, cache, Eager())
+    for row, length in ((0, 16), (1, 3)):
+        if policy != "full" or length < 16:
+            view = cache.row(row)
+            steps.enter(row, view, read_prompt(model, view, length))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the host asks for a value")
+
+    with monkeypatch.context() as patched, torch.inference_mode(), NoHost():
+        for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "cpu"):
+            patched.setattr(torch.Tensor, name, refuse)
+        for _ in range(3):
+            steps._step(3)
+
+
+def test_recording_leaves_no_trace() -> None:
+    model = on_triton(tiny_model())
+    cache = make_cache(model, "hashevict", slots=16, rows=2)
+    before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors().values()]
+    Steps(model, cache, Eager())
+    after = [tensor for layer in cache.layers for tensor in layer.tensors().values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    model = on_triton(tiny_model())
+    for policy in ("h2o", "keydiff"):
+        with pytest.raises(ConfigError, match=f"policy '{policy}' .* needs the host in every step"):
+            Steps(model, make_cache(model, policy), Eager())
+
+
+def test_a_full_cache_and_broken_logits_are_said() -> None:
+    model = on_triton(tiny_model())
+    cache = make_cache(model, "full", slots=16)
+    steps, view = Steps(model, cache, Eager()), cache.row(0)
+    steps.enter(0, view, read_prompt(model, view, 15))
+    steps.step()
+    with pytest.raises(ContextFullError, match="never evicts"):
+        steps.step()
+    model.model.norm.weight.fill_(float("nan"))
+    cache.reset()
+    steps = Steps(model, cache, Eager())
+    steps.enter(0, cache.row(0), 5)
+    steps.step()
+    with pytest.raises(CheckpointError, match="not finite"):
+        steps.finish()

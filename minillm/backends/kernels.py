@@ -237,7 +237,7 @@ def novelty(
             tl.store(tags + place * slots + n, nearest(-cosine).to(tl.bfloat16), n < slots)
     else:
         total = tl.load(totals + place * dim + d, d < dim, other=0)  # [D] float64
-        for i in range(0, every):
+        for i in range(every):
             slot = (place * slots + tl.load(free + place * every + i)) + tl.zeros([1], tl.int64)
             x = tl.sum(numbers(keys, scales, 0, slot, d, slot >= 0, dim), 0).to(tl.float64)  # [D], of one key
             direction = x / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
@@ -298,7 +298,7 @@ def evict(
         tl.store(orders + n, (order.to(tl.int64) << 32) + age.to(tl.int64), n < slots)
     tl.debug_barrier()  # what one thread wrote another one reads
     last = tl.full([], -NEVER, tl.int64)
-    for i in range(0, every):
+    for i in range(every):
         least, victim = tl.full([], NEVER, tl.int64), tl.full([], 0, tl.int32)
         for start in range(0, slots, BLOCK):
             n = start + tl.arange(0, BLOCK)

@@ -110,20 +110,29 @@ def evict_(layer: LayerSlots, query: Tensor, key: Tensor, now: Tensor, *, settle
         kernels.hash_keys[(lines, triton.cdiv(slots, TAGGED) + 1)](
             *(whole.keys, whole.scales, tags, state["projection"], judge, votes, whole.free, rows, now),
             *(*sizes, dim, bits, tags.shape[3], group),
-            **{"PER_HEAD": policy.per_head, "GROUP": _padded(group), "DIM": _padded(dim), "BLOCK": TAGGED},
+            PER_HEAD=policy.per_head,
+            GROUP=_padded(group),
+            DIM=_padded(dim),
+            BLOCK=TAGGED,
         )
     elif isinstance(policy, HashEvictPlus):
         tags = state["novelty"]  # [B, Hkv, S]
         kernels.novelty[(lines,)](
             *(whole.keys, whole.scales, tags, state["total"], whole.free, rows, now),
             *(*sizes, dim),
-            **{"DECAY": policy.decay, "LOG_DECAY": math.log2(policy.decay), "DIM": _padded(dim), "BLOCK": TAGGED},
+            DECAY=policy.decay,
+            LOG_DECAY=math.log2(policy.decay),
+            DIM=_padded(dim),
+            BLOCK=TAGGED,
         )
     orders = torch.empty(lines, slots, dtype=torch.int64, device=now.device)  # [B * Hkv, S]
     kernels.evict[(lines,)](
         *(whole.positions, whole.flags, tags, votes, orders, whole.free, rows, now),
         *(*sizes, _window(whole), whole.retention.sinks, whole.retention.recent, bits, tags.shape[-1]),
-        **{"RULE": rule, "FAR": whole.far, "BITS": _padded(bits), "BLOCK": ORDERED},
+        RULE=rule,
+        FAR=whole.far,
+        BITS=_padded(bits),
+        BLOCK=ORDERED,
     )
 
 
@@ -151,7 +160,11 @@ def attend_one(layer: LayerSlots, q: Tensor, now: Tensor, q_far: Tensor | None) 
         *(q.contiguous(), None if q_far is None else q_far.contiguous(), whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, rows, now.contiguous(), parts, sums),
         *(kv_heads, slots, dim, group, cuts, _window(whole), whole.retention.sinks, dim**-0.5),
-        **{"FAR": whole.far, "GROUP": _padded(group), "DIM": _padded(dim), "CUT": CUT, "BLOCK": block},
+        FAR=whole.far,
+        GROUP=_padded(group),
+        DIM=_padded(dim),
+        CUT=CUT,
+        BLOCK=block,
         MATH=_number_kind(q.dtype),
     )
     out = q.new_empty(q.shape)  # [B, H, 1, D]
