@@ -265,7 +265,7 @@ def directions(x):
 def evict(
     positions, flags, tags, votes, orders, free, rows, now,
     kv_heads, slots, every, window, sinks, recent, bits, width,
-    RULE: tl.constexpr, FAR: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, FAR: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`eviction.choose` and `LayerCache.free_`, by the same 64-bit numbers: each victim is the least above the last."""
     line = tl.program_id(0)
@@ -300,8 +300,8 @@ def evict(
     last = tl.full([], -NEVER, tl.int64)
     for i in range(every):
         least, victim = tl.full([], NEVER, tl.int64), tl.full([], 0, tl.int32)
-        for start in range(0, slots, BLOCK):
-            n = start + tl.arange(0, BLOCK)
+        for start in range(0, slots, WIDE):
+            n = start + tl.arange(0, WIDE)
             order = tl.load(orders + n, n < slots, other=NEVER)
             order = tl.where(order > last, order, NEVER)
             low = tl.min(order, 0)

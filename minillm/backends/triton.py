@@ -32,7 +32,8 @@ from . import cpu, kernels, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
-TAGGED, ORDERED = 32, 128  # keys that are tagged, and slots that are put in order, at a time
+TAGGED = 32  # keys that are tagged at a time
+ORDERED, SEARCHED = 4096, 1024  # bits of codes that are compared at a time, and slots that are searched for a victim
 
 
 def missing(device: torch.device) -> str | None:
@@ -132,7 +133,8 @@ def evict_(layer: LayerSlots, query: Tensor, key: Tensor, now: Tensor, *, settle
         RULE=rule,
         FAR=whole.far,
         BITS=_padded(bits),
-        BLOCK=ORDERED,
+        BLOCK=min(128, max(1, ORDERED // _padded(bits))),
+        WIDE=min(SEARCHED, _padded(slots)),
     )
 
 
