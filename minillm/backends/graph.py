@@ -25,6 +25,7 @@ from . import triton
 
 BROKEN = -1  # what is drawn from logits that are no numbers
 Drawn = dict[int, int]  # row of the cache -> token id
+Unread = tuple[list[int | None], Callable[[], list[int]]]  # whose ids these will be; None has left
 
 
 class Rows(NamedTuple):
@@ -130,7 +131,7 @@ class Steps:
         self._rows = torch.zeros(most, dtype=torch.int64, device=device)  # [B], of the cache
         self._drawn = torch.zeros(most, dtype=torch.int64, device=device)  # [B]
         self._views: dict[int, KVCache] = {}  # by row of the cache, in the order of the batch
-        self._unread: tuple[list[int], Callable[[], list[int]]] | None = None
+        self._unread: Unread | None = None
         batches = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
         self._replays = {batch: recorder.record(partial(self._step, batch)) for batch in reversed(batches)}
 
@@ -162,6 +163,9 @@ class Steps:
         self._positions[last] = NOTHING
         order[place] = order[last]
         self._views = {other: self._views[other] for other in order[:last]}
+        if self._unread is not None:  # another sequence may enter with its number
+            rows, read = self._unread
+            self._unread = [None if other == row else other for other in rows], read
 
     @torch.inference_mode()
     def step(self) -> Drawn:
@@ -175,7 +179,8 @@ class Steps:
             view.seen = [view.seen[0] + 1]
         count = len(self._views)
         self._replays[min(batch for batch in self._replays if batch >= count)]()
-        before, self._unread = self._unread, (list(self._views), self._recorder.fetch(self._drawn[:count]))
+        drawn = self._recorder.fetch(self._drawn[:count])
+        before, self._unread = self._unread, ([*self._views], drawn)
         return self._read(before)
 
     def finish(self) -> Drawn:
@@ -183,13 +188,13 @@ class Steps:
         before, self._unread = self._unread, None
         return self._read(before)
 
-    def _read(self, unread: tuple[list[int], Callable[[], list[int]]] | None) -> Drawn:
+    def _read(self, unread: Unread | None) -> Drawn:
         if unread is None:
             return {}
         rows, read = unread
-        ids = read()
-        if BROKEN in ids:
+        found = {row: token for row, token in zip(rows, read(), strict=True) if row is not None}
+        if BROKEN in found.values():
             raise CheckpointError(
                 "the model's logits are not finite: the weights are damaged or overflow in this dtype; try float32"
             )
-        return dict(zip(rows, ids, strict=True))
+        return found
