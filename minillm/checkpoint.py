@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
 from .fused import Fusion
 from .memory import held, trim
-from .model import Transformer
+from .model import Attention, Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
 from .shard import Team, require_groups
 from .tokenizer import Tokenizer
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
 
 
@@ -66,7 +67,8 @@ class Checkpoint:
 
         dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda or
         mps.  weights: "int8", "int8-a16" or "int4" quantises the linear layers, see Scheme; auto leaves them as stored.
-        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, else reference.
+        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, triton on CUDA where it is installed,
+        else reference.
         with_weights: False downloads only the small files, enough to plan.
         team: who computes it together; this process then opens its part.
 
@@ -186,7 +188,17 @@ class Checkpoint:
             fused=self.backend == "cpu",
             progress=progress,
         )
-        return self.team.join_(model)
+        return self.team.join_(self.attending(model))
+
+    def attending(self, model: Transformer) -> Transformer:
+        """The model, its layers attending by the backend; those of the CPU's came with it (fused.py)."""
+        if self.backend == "triton":
+            from .backends import triton
+
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.attend = triton.attend_
+        return model
 
     @property
     def computed_by(self) -> str:
@@ -220,17 +232,32 @@ def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme |
 
 
 def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`cpu` or `reference`.  Raises ConfigError for a name that is not known, or that cannot serve."""
+    """`cpu`, `triton` or `reference`.  Raises ConfigError for a name that is not known, or that cannot serve."""
     if requested not in BACKENDS:
         raise ConfigError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
-    serves = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if requested == "cpu" and not serves:
+    by_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if requested == "auto":
+        by_triton = device.type == "cuda" and triton_missing(device) is None
+        return "cpu" if by_cpu else "triton" if by_triton else "reference"
+    if requested == "cpu" and not by_cpu:
         kind = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"backend cpu computes float32 and bfloat16 on the CPU, not {kind} on {device.type}; use --backend "
             "reference"
         )
-    return ("cpu" if serves else "reference") if requested == "auto" else requested
+    why = triton_missing(device) if requested == "triton" else None
+    if why is not None:
+        raise ConfigError(f"backend triton cannot serve: {why}; use --backend auto")
+    return requested
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why backends/triton.py does not run on a device; None where it does."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from .backends import triton  # a second to import
+
+    return triton.missing(device)
 
 
 def _device(name: str) -> torch.device:

@@ -78,7 +78,7 @@ class Shape(Checkpoint):
         fused = self.backend == "cpu"
         model = random_model(self.config, dtype=self.dtype, device=self.device, scheme=self.scheme, fused=fused)
         trim()  # the numbers that it was drawn from are gone
-        return self.team.join_(model)
+        return self.team.join_(self.attending(model))
 
 
 def shape_config(name: str, layers: int | None = None) -> ModelConfig:
