@@ -17,7 +17,7 @@ from typing import NoReturn, TextIO
 
 from .. import __version__
 from ..errors import MinillmError
-from ..shard import Team
+from ..shard import ALONE, Team
 from .ranks import refuse_what_is_for_one, together
 
 COMMANDS = (
@@ -72,7 +72,7 @@ def _run(argv: Sequence[str] | None, team: Team) -> int:
     return status
 
 
-def build_parser(team: Team = Team()) -> argparse.ArgumentParser:  # noqa: B008  # has no state
+def build_parser(team: Team = ALONE) -> argparse.ArgumentParser:
     """The parser of all commands; each `minillm.cli.<command>` adds its own.  team: who runs them."""
     parser = _Parser(prog="minillm", description="Run a language model inside a memory budget that you name.")
     parser.add_argument("--version", action="version", version=f"minillm {__version__}")
