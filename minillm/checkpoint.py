@@ -28,7 +28,7 @@ from .memory import held, trim
 from .model import Attention, Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
-from .shard import Team, require_groups
+from .shard import ALONE, Team, require_groups
 from .tokenizer import Tokenizer
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -47,7 +47,7 @@ class Checkpoint:
     offline: bool = False
     scheme: Scheme | None = None  # of the linear layers; None = they are numbers in `dtype`
     backend: str = "reference"  # who computes: one of BACKENDS, decided
-    team: Team = field(default=Team(), compare=False)  # the processes that compute it together; `config` is of a part
+    team: Team = field(default=ALONE, compare=False)  # the processes that compute it together; `config` is of a part
 
     @classmethod
     def open(
@@ -61,7 +61,7 @@ class Checkpoint:
         weights: str = "auto",
         backend: str = "auto",
         with_weights: bool = True,
-        team: Team = Team(),  # noqa: B008  # has no state
+        team: Team = ALONE,
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 

@@ -29,7 +29,7 @@ from .planner import MemoryPlan
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
 from .session import Prompt, Session
-from .shard import Team
+from .shard import ALONE, Team
 from .slots import PUNCTUATION, SPECIAL
 from .stream import Stream
 
@@ -76,7 +76,7 @@ class LLM:
         weights: str = "auto",
         backend: str = "auto",
         memory: str | int | None = None,
-        team: Team = Team(),  # noqa: B008  # has no state
+        team: Team = ALONE,
         **cache_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.

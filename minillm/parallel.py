@@ -65,6 +65,14 @@ class Ranks(Team):
     """A team that talks.  All of its processes must call the same methods in the same order."""
 
     store: Store = field(kw_only=True)
+    places: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)  # see sum_
+    groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False, compare=False)  # sharers of a KV head
+
+    def part_of(self, config: ModelConfig) -> ModelConfig:
+        """As in one process.  The ranks that share a KV head meet, which takes memory, before that is planned."""
+        part = super().part_of(config)
+        self.gather(torch.zeros(1), 0, self._sharers(part))
+        return part
 
     def join_(self, model: Transformer) -> Transformer:
         """Sum and gather what parts of layers give, and let policies hear what they need of other ranks."""
@@ -85,20 +93,30 @@ class Ranks(Team):
         model.register_forward_pre_hook(introduce)
         return model
 
-    def sum_(self, y: Tensor) -> Tensor:
-        """y, to which every rank has added its own."""
+    def sum_(self, y: Tensor, sharers: dist.ProcessGroup | None = None) -> Tensor:
+        """y, to which every rank (or sharer of a KV head) has added its own.
+
+        Always in the same memory: threads of torch's let go of what they were given late, and how much they hold
+        meanwhile would depend on the scheduler.
+        """
+        place = self.places.get(y.device)
+        if place is None or place.nbytes < y.nbytes:
+            place = self.places[y.device] = torch.empty(y.nbytes, dtype=torch.uint8, device=y.device)
+        exchanged = place[: y.nbytes].view(y.dtype).view(y.shape).copy_(y)
         with _watching():
-            dist.all_reduce(y)
-        return y
+            dist.all_reduce(exchanged, group=sharers)
+        return y.copy_(exchanged)
 
     def gather(self, x: Tensor, dim: int, sharers: dist.ProcessGroup | None = None) -> Tensor:
-        """What all ranks (or the sharers of a KV head) have, in their order, side by side along a dimension."""
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(sharers))
-        ]
-        with _watching():
-            dist.all_gather(parts, x.contiguous(), group=sharers)
-        return torch.cat(parts, dim)
+        """What all ranks (or the sharers of a KV head) have, in their order, side by side along a dimension.
+
+        A sum with zeros, for gloo's own gathering allocates as much again in its threads.
+        """
+        shape = list(x.shape)
+        shape[dim] *= dist.get_world_size(sharers)
+        found = x.new_zeros(shape)
+        found.narrow(dim, dist.get_rank(sharers) * x.shape[dim], x.shape[dim]).copy_(x)
+        return self.sum_(found, sharers)
 
     def agreed(self, facts: Tensor) -> Tensor:
         """What rank 0 says: on all others `facts` is overwritten."""
@@ -151,11 +169,13 @@ class Ranks(Team):
 
     def _sharers(self, config: ModelConfig) -> dist.ProcessGroup | None:
         """The ranks that hold the same KV head as this one; None where there is no other."""
-        copies, mine = self.ranks // config.whole.num_key_value_heads, None
-        for first in range(0, self.ranks, copies) if copies > 1 else ():
-            group = dist.new_group(list(range(first, first + copies)), timeout=TIMEOUT)  # every rank makes all of them
-            mine = group if first <= self.rank < first + copies else mine
-        return mine
+        copies = self.ranks // config.whole.num_key_value_heads
+        if copies < 2:
+            return None
+        if len(self.groups) * copies != self.ranks:
+            starts = range(0, self.ranks, copies)
+            self.groups[:] = [dist.new_group(list(range(at, at + copies)), timeout=TIMEOUT) for at in starts]
+        return self.groups[self.rank // copies]
 
 
 def must_hear(policy: EvictionPolicy, sharers: object) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .cache import MAX_POSITION, KVCache
-from .shard import Team
+from .shard import ALONE, Team
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -29,7 +29,7 @@ class Usage:
     oldest_kept: int | None
 
     @classmethod
-    def of(cls, cache: KVCache, team: Team = Team(), *, prompt: int, completion: int) -> Usage:  # noqa: B008
+    def of(cls, cache: KVCache, team: Team = ALONE, *, prompt: int, completion: int) -> Usage:
         """Count what a cache has seen and keeps, in the heads of a whole team (reads the device)."""
         seen, live = cache.seen[0], team.every_head(cache.live()).tolist()  # [L][Hkv]
         oldest = -team.most(-(MAX_POSITION if (found := cache.oldest()) is None else found))

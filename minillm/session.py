@@ -191,6 +191,10 @@ class Session:
         self._require_cache()
         if self.latest is None:
             raise SessionError("there is nothing to save: the session has not begun")
+        if self.llm.checkpoint.team.ranks > 1:
+            raise SessionError(
+                f"one of {self.llm.checkpoint.team.ranks} processes has only its heads: save in one process"
+            )
         save_session(self, Path(path))
 
     def load(self, path: str | Path) -> None:

@@ -19,7 +19,7 @@ from .inventory import Weights, weights_of
 from .loader import choose_dtype, random_model
 from .memory import held, trim
 from .model import Transformer
-from .shard import Team
+from .shard import ALONE, Team
 
 FIELDS: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 FIELDS += ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
@@ -47,12 +47,18 @@ class Shape(Checkpoint):
     """A checkpoint without files: of a known model's shape, with weights that are drawn."""
 
     @classmethod
-    def of(cls, name: str, layers: int | None = None, *, team: Team = Team(), device: str, **how: str) -> Shape:  # noqa: B008
-        """layers: fewer than the model has.  dtype, weights, backend and the rest as in Checkpoint.open.
-
-        Raises ConfigError.
-        """
-        dtype, weights, backend = how["dtype"], how["weights"], how["backend"]
+    def of(
+        cls,
+        name: str,
+        layers: int | None = None,
+        *,
+        dtype: str,
+        device: str,
+        weights: str,
+        backend: str,
+        team: Team = ALONE,
+    ) -> Shape:
+        """layers: fewer than the model has.  The rest as in Checkpoint.open.  Raises ConfigError."""
         config = team.part_of(shape_config(name, layers))
         place = Checkpoint.open(device=device).device  # decided as for every model
         kind = choose_dtype(dtype, config, place)

@@ -71,6 +71,9 @@ class Team:
         return pieces
 
 
+ALONE = Team()
+
+
 def divided(config: ModelConfig, rank: int, ranks: int) -> ModelConfig:
     """Part `rank` of a model.  Where there are fewer KV heads than ranks, several ranks hold the same one."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -23,7 +23,7 @@ from minillm.shard import Team
 from .every_policy import EVERY_POLICY
 from .helpers import kept_positions, make_cache, run, tiny_config, tiny_model
 
-TOKENS, SLOTS, KV_HEADS = 52, 16, (4, 2, 1)
+TOKENS, SLOTS, KV_HEADS = 46, 16, (4, 2, 1)
 CPU = torch.device("cpu")
 WEIGHTS = (None, "int8", "int8-a16", "int4")  # quantised while loading
 TEXT = "Once upon a time there was a little dog. He liked to play in the park with his friends."
@@ -75,7 +75,7 @@ def by_policy(folder: Path, kv_heads: int, team: Team) -> Iterator[tuple[str, An
     model = team.join_(load_model(folder / f"{kv_heads}", part, dtype=torch.float64, device=CPU))
     kinds = (torch.arange(config.vocab_size) % 7 == 0).to(torch.uint8) * 2  # some tokens are special
     for name, entry in EVERY_POLICY.items():
-        retention = Retention.of(SLOTS, sinks=2, recent=4, evict_every=4)
+        retention = Retention.of(SLOTS, sinks=2, recent=4, evict_every=6)
         cache = KVCache(part, entry.policy, retention, dtype=torch.float64, position_mode="window")
         cache.kinds = kinds if entry.policy.needs_kinds else None
         yield f"{name}, {kv_heads} KV heads", (run(model, cache, tokens(), 64), kept_positions(cache))
@@ -111,9 +111,9 @@ def by_text(team: Team) -> Iterator[tuple[str, Any]]:
     """What the demo says, what is kept of it, and what its plan says."""
     llm = LLM.load(budget=32, policy="h2o", dtype="float32", team=team)
     for sampling in ({"seed": 7, "temperature": 0.9}, {"seed": 7, "temperature": 0.9, "top_p": 0.8, "logprobs": 2}):
-        result = llm.generate("Once upon a time", max_tokens=60, **sampling)
+        result = llm.generate("Once upon a time", max_tokens=44, **sampling)
         yield f"text{len(sampling)}", (result.text, result.usage, llm.cache.nbytes, llm.plan.nbytes)
-    yield "draws without a seed", llm.generate("The dog", max_tokens=20, temperature=1.0).text
+    yield "draws without a seed", llm.generate("The dog", max_tokens=8, temperature=1.0).text
     brain = LLM.load(dtype="bfloat16", team=team)
     yield "bfloat16", brain.score(brain.encode(TEXT)).nats_per_token
 

@@ -171,7 +171,7 @@ def test_a_config_knows_its_part() -> None:
 
 def test_the_command_line_prints_once_and_the_same() -> None:
     words = ["generate", "--budget", "48", "--max-tokens", "60", "--dtype", "float32"]
-    words += ["--temperature", "0.9", "--seed", "3", "--json"]
+    words += ["--temperature", "0.9", "--seed", "3", "--json", "--memory", "400MiB"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -191,6 +191,7 @@ def test_the_command_line_prints_once_and_the_same() -> None:
     (one, _), (two, errors) = answer(sys.executable), answer(*launcher)
     for same in ("text", "token_ids", "usage", "seed", "finish_reason"):
         assert one[same] == two[same], same
+    # Each rank has kept the promise, else there would be no answer.
     assert 2 * two["cache"]["bytes"] == one["cache"]["bytes"]
     assert two["memory"]["peak"] <= two["memory"]["planned"] < one["memory"]["planned"]
     assert errors.count("minillm: ") == 2

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, team: Team) -> int:
     try:
-        args = build_parser(team).parse_args(argv)
+        args = build_parser().parse_args(argv, argparse.Namespace(team=team))
     except SystemExit as done:  # argparse has answered: --help, --version, or a mistake
         return int(done.code or 0)
     refuse_what_is_for_one(args)
@@ -72,11 +72,10 @@ def _run(argv: Sequence[str] | None, team: Team) -> int:
     return status
 
 
-def build_parser(team: Team = Team()) -> argparse.ArgumentParser:  # noqa: B008  # has no state
-    """The parser of all commands; each `minillm.cli.<command>` adds its own.  team: who runs them."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each `minillm.cli.<command>` adds its own."""
     parser = _Parser(prog="minillm", description="Run a language model inside a memory budget that you name.")
     parser.add_argument("--version", action="version", version=f"minillm {__version__}")
-    parser.set_defaults(team=team)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         import_module(f"minillm.cli.{command}").add_parser(subparsers)

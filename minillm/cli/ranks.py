@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from ..errors import ConfigError
-from ..shard import Team
+from ..shard import ALONE, Team
 
 SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
 SECONDS_TO_HEAR = 2.0  # that the first one stays after it has spoken
@@ -27,7 +27,7 @@ def together() -> Iterator[Team]:
     What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Team()
+        yield ALONE
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch tells of a lost connection, with 30 lines of stack
     from ..parallel import connected
