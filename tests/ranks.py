@@ -1,4 +1,4 @@
-"""Several processes on this machine that compute one model together, for tests: each runs a function of this name."""
+"""Several processes on this machine that compute one model together, for tests, started as torchrun starts them."""
 
 from __future__ import annotations
 
