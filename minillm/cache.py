@@ -87,6 +87,7 @@ class KVCache:
                     window=self.trained - retention.sinks if far and self.trained is not None else window,
                     far=far,
                     query_block=query_block(config, retention, rows),
+                    first_head=config.first_kv_head,
                 )
             )
         self._fewest = min(retention.slots for retention in self.retentions)
@@ -134,9 +135,7 @@ class KVCache:
         flags [B, T] uint8 are written with the tokens.  Raises ContextFullError, before anything is written, if nothing
         may be evicted and the tokens do not fit.
         """
-        most = max(self.seen)
-        if most + length > self._fewest:
-            self._overflow(most, most + length)
+        self.check_room(length)
         if flags is not None and flags.any():
             self.note_flags()
         first = tuple(self.seen)
@@ -150,9 +149,12 @@ class KVCache:
         for layer in self.layers:
             layer.flagged = True
 
-    def _overflow(self, seen: int, needed: int) -> None:
-        """The tokens up to `needed` do not all fit: refuse them, or say so the first time."""
-        slots = self._fewest
+    def check_room(self, length: int) -> None:
+        """Where the next `length` tokens do not all fit: refuse them as `append` says, or say so the first time."""
+        slots, seen = self._fewest, max(self.seen)
+        needed = seen + length
+        if needed <= slots:
+            return
         if not self.policy.evicts or self.on_overflow == "error":
             why = "--on-overflow is error" if self.policy.evicts else f"policy '{self.policy.name}' never evicts"
             raise ContextFullError(

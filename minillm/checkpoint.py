@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
 from .fused import Fusion
 from .memory import held, trim
-from .model import Transformer
+from .model import Attention, Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
+from .shard import ALONE, Team, require_groups
 from .tokenizer import Tokenizer
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
 
 
@@ -45,6 +47,7 @@ class Checkpoint:
     offline: bool = False
     scheme: Scheme | None = None  # of the linear layers; None = they are numbers in `dtype`
     backend: str = "reference"  # who computes: one of BACKENDS, decided
+    team: Team = field(default=ALONE, compare=False)  # the processes that compute it together; `config` is of a part
 
     @classmethod
     def open(
@@ -58,22 +61,26 @@ class Checkpoint:
         weights: str = "auto",
         backend: str = "auto",
         with_weights: bool = True,
+        team: Team = ALONE,
     ) -> Checkpoint:
         """Find a model by alias, hub id or folder (downloading it if need be) and read its config.json.
 
         dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda or
         mps.  weights: "int8", "int8-a16" or "int4" quantises the linear layers, see Scheme; auto leaves them as stored.
-        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, else reference.
+        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, triton on CUDA where it is installed,
+        else reference.
         with_weights: False downloads only the small files, enough to plan.
+        team: who computes it together; this process then opens its part.
 
         Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
         place = _device(device)
         folder = hub.resolve(name, revision=revision, offline=offline, weights=with_weights)
-        config = loader.read_config(folder)
+        config = team.part_of(loader.read_config(folder))
         kind = loader.choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
-        return cls(name, folder, config, kind, place, offline, choose_scheme(weights, config, chosen), chosen)
+        scheme = choose_scheme(weights, config, chosen)
+        return cls(name, folder, config, kind, place, offline, scheme, chosen, team)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,14 +159,15 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> int:
-        """Bytes that this process holds before it reads weights: Python, libraries, the tokenizer.
+        """Bytes that this process holds before it reads weights: Python, libraries, the tokenizer; the most in a team,
+        so that all plan the same.
 
         Only what torch allocates counts on a CUDA device, where this is 0.
         """
         with suppress(CheckpointError):  # none there: whoever needs it will say so
             self.tokenizer  # noqa: B018
         trim()
-        return held(self.device).now
+        return self.team.most(held(self.device).now)
 
     @cached_property
     def weights(self) -> inventory.Weights:
@@ -171,7 +179,7 @@ class Checkpoint:
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
-        return loader.load_model(
+        model = loader.load_model(
             self.folder,
             self.config,
             dtype=self.dtype,
@@ -180,6 +188,17 @@ class Checkpoint:
             fused=self.backend == "cpu",
             progress=progress,
         )
+        return self.team.join_(self.attending(model))
+
+    def attending(self, model: Transformer) -> Transformer:
+        """The model, its layers attending by the backend; those of the CPU's came with it (fused.py)."""
+        if self.backend == "triton":
+            from .backends import triton
+
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.attend = triton.attend_
+        return model
 
     @property
     def computed_by(self) -> str:
@@ -202,6 +221,7 @@ def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme |
     if name is None:
         return None
     scheme = Scheme(name)
+    require_groups(config, name)
     if requested != "auto" and stored is not None and stored != requested.partition("-")[0]:
         raise ConfigError(
             f"--weights {requested} was asked for, but the checkpoint is stored as {stored}; name the one that it was "
@@ -212,17 +232,32 @@ def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme |
 
 
 def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`cpu` or `reference`.  Raises ConfigError for a name that is not known, or that cannot serve."""
+    """`cpu`, `triton` or `reference`.  Raises ConfigError for a name that is not known, or that cannot serve."""
     if requested not in BACKENDS:
         raise ConfigError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
-    serves = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if requested == "cpu" and not serves:
+    by_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if requested == "auto":
+        by_triton = device.type == "cuda" and triton_missing(device) is None
+        return "cpu" if by_cpu else "triton" if by_triton else "reference"
+    if requested == "cpu" and not by_cpu:
         kind = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"backend cpu computes float32 and bfloat16 on the CPU, not {kind} on {device.type}; use --backend "
             "reference"
         )
-    return ("cpu" if serves else "reference") if requested == "auto" else requested
+    why = triton_missing(device) if requested == "triton" else None
+    if why is not None:
+        raise ConfigError(f"backend triton cannot serve: {why}; use --backend auto")
+    return requested
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why backends/triton.py does not run on a device; None where it does."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from .backends import triton  # a second to import
+
+    return triton.missing(device)
 
 
 def _device(name: str) -> torch.device:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 from .lookup import Reader
+from .shard import Shard
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,17 @@ FAMILIES: Mapping[str, Family] = {
 
 # Fields that config.json spells in another way.
 DERIVED = frozenset(
-    {"architecture", "sliding_windows", "qkv_bias", "o_bias", "qk_norm", "eos_token_ids", "dtype", "stored_scheme"}
+    {
+        "architecture",
+        "sliding_windows",
+        "qkv_bias",
+        "o_bias",
+        "qk_norm",
+        "eos_token_ids",
+        "dtype",
+        "stored_scheme",
+        "shard",
+    }
 )
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -132,6 +143,22 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str | None
     stored_scheme: str | None = None  # "int8" or "int4": how `minillm quantize` stored the linear layers
+    shard: Shard | None = None  # heads and the intermediate size are those of one rank; None = of the whole model
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The configuration of the whole model, where this is that of a part."""
+        return self if self.shard is None else self.shard.whole
+
+    @property
+    def query_group(self) -> int:
+        """Query heads that share a KV head, on all ranks together."""
+        return self.whole.num_attention_heads // self.whole.num_key_value_heads
+
+    @property
+    def first_kv_head(self) -> int:
+        """Which of the whole model's KV heads is the first one here."""
+        return 0 if self.shard is None else self.shard.rank * self.whole.num_key_value_heads // self.shard.ranks
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:

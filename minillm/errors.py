@@ -11,7 +11,8 @@
     ├── PromptError              an unusable prompt: empty, not UTF-8, token ids out of range
     │   └── TemplateError        a chat template that is absent, fails, or exceeds its limits
     ├── SamplingError            sampling parameters that contradict each other or are out of range
-    └── SessionError             a session that cannot be saved, restored or rewound
+    ├── SessionError             a session that cannot be saved, restored or rewound
+    └── RankError                one of several processes that compute a model together is gone
 
 A message names what is wrong, the limit, and the remedy, on one line: the command line prints it as it is and exits
 with status 2.  Errors that are not in this tree are our bugs.
@@ -64,3 +65,7 @@ class SamplingError(MinillmError):
 
 class SessionError(MinillmError):
     """A session that cannot be saved, restored or rewound."""
+
+
+class RankError(MinillmError):
+    """A process that computes a model together with this one is gone, or does not answer."""

@@ -34,6 +34,7 @@ class EvictionPolicy(ABC):
     needs_kinds: ClassVar[bool] = False  # whether tokens must be flagged as SPECIAL and PUNCTUATION
     needs_keys: ClassVar[bool] = False  # whether `tag_` wants the key of every token
     needs_attention: ClassVar[bool] = False  # whether `observe_attention_` wants the weights of every query
+    mixes_heads: ClassVar[bool] = False  # whether `observe_attention_` wants the last query's weights in all KV heads
     needs_token: ClassVar[bool] = True  # whether `score` looks at the query or key of the incoming token
     watching: ClassVar[int] = 0  # bytes per query, slot and KV head that it holds for a moment
 

@@ -79,8 +79,11 @@ class FusedLayer(nn.Module):
         return x
 
     def _whole(self, rows: int) -> native.Layer | None:
-        """This layer as native.c wants it, if that multiplies all of it for so many rows of activations."""
-        forms = [linear.form for linear in (self.qkv, self.o, self.gate_up, self.down) if rows <= linear.few]
+        """This layer as native.c wants it, if that multiplies all of it for so many rows of activations, and
+        nobody has to see what a part of it gives.
+        """
+        parts = (self.qkv, self.o, self.gate_up, self.down)
+        forms = [part.form for part in parts if rows <= part.few and not part._forward_hooks]
         if len(forms) < 4 or None in forms:
             return None
         norm, post = self.input_layernorm, self.post_attention_layernorm

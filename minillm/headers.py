@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,31 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: bytes `begin`..`end` of `file`, as its header says."""
+    """Where a tensor lies: bytes `begin`..`end` of `file`, as its header says.
+
+    pitch: bytes from one row to the next, where only some columns are meant; 0 = the rows lie side by side.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    pitch: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return prod(self.shape) * DTYPE_OF[self.dtype].itemsize if self.pitch else self.end - self.begin
+
+    def part(self, dim: int, start: int, stop: int) -> Stored:
+        """Rows (dim 0) or columns (dim 1) start..stop of it."""
+        row = self.nbytes // self.shape[0]  # bytes
+        if dim == 0:
+            shape, begin = (stop - start, *self.shape[1:]), self.begin + start * row
+            return replace(self, shape=shape, begin=begin, end=begin + (stop - start) * row)
+        item = DTYPE_OF[self.dtype].itemsize
+        shape, begin = (self.shape[0], stop - start), self.begin + start * item
+        return replace(self, shape=shape, begin=begin, end=self.end - row + stop * item, pitch=row)
 
 
 def in_brief(names: list[str]) -> str:

@@ -118,7 +118,7 @@ def weights_of(
     origin = "config.json"
     kinds: dict[str, torch.dtype] = {}
     if stored is not None:
-        check_fit(folder or Path(), model, stored)
+        check_fit(folder or Path(), config, stored)
         origin = "the headers of its files" if remote is None else "the hub's headers"
         kinds = {name: DTYPE_OF[entry.dtype] for name, entry in stored.items()}
     quantised, replaced, item = 0, set(), None if fusion is None or has_int4(fusion.dtype) else fusion.dtype.itemsize
@@ -167,11 +167,12 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) -> list[str]:
+def check_fit(folder: Path, config: ModelConfig, stored: Mapping[str, Stored]) -> list[str]:
     """The wanted tensors' names in file order; CheckpointError unless `stored` has exactly these, in their shapes."""
-    wanted = wanted_tensors(model, model.config.stored_scheme)
+    config = config.whole
+    wanted = wanted_tensors(empty_model(config), config.stored_scheme)
     ignored = {name for name in stored if HARMLESS.fullmatch(name)}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         ignored.add("lm_head.weight")
     both = [name for name in wanted if name in stored]
     complaints = {
@@ -190,7 +191,7 @@ def check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) ->
     if not found:
         return sorted(wanted, key=lambda name: (stored[name].file, stored[name].begin))
     remedy = "download the checkpoint again, or correct its config.json"
-    if model.config.stored_scheme is not None:
+    if config.stored_scheme is not None:
         remedy = "quantise it again"
     if complaints["missing"] == ["lm_head.weight"]:
         remedy = (
@@ -200,6 +201,6 @@ def check_fit(folder: Path, model: Transformer, stored: Mapping[str, Stored]) ->
         remedy = f"use a checkpoint that is not quantised ({', '.join(FLOATS)})"
     files = sorted({entry.file.name for entry in stored.values()})
     raise CheckpointError(
-        f"the tensors in {folder} are not those of its config.json ({model.config.architecture}): "
+        f"the tensors in {folder} are not those of its config.json ({config.architecture}): "
         f"{'; '.join(found)}; files read: {in_brief(files)}; {remedy}"
     )

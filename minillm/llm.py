@@ -29,6 +29,7 @@ from .planner import MemoryPlan
 from .results import Result, Score, Usage
 from .sampling import SamplingParams
 from .session import Prompt, Session
+from .shard import ALONE, Team
 from .slots import PUNCTUATION, SPECIAL
 from .stream import Stream
 
@@ -75,6 +76,7 @@ class LLM:
         weights: str = "auto",
         backend: str = "auto",
         memory: str | int | None = None,
+        team: Team = ALONE,
         **cache_options: Any,
     ) -> LLM:
         """Load a model by alias, hub id or folder.
@@ -82,15 +84,15 @@ class LLM:
         weights: "int8", "int8-a16" or "int4" quantises linear layers while loading.  backend: see Checkpoint.open.
         memory: what the whole process may hold, such as "6GiB"; it runs in that for ever, or stops with
             MemoryPromiseError.  Without a budget the largest is chosen that fits.
+        team: the processes that compute it together, see `parallel.connected`; budget and memory are of each.
         cache_options: those of `Checkpoint.plan`, such as
             budget: what is kept - a fraction of the context (0.3), tokens (2048), bytes ("512MiB"), None = everything.
             context: the whole of a fraction; default the smaller of the model's context and 8,192.
             policy, sinks, recent, evict_every, layer_budget, kv_dtype, positions, on_overflow, and the policy's own.
         Raises MinillmError's descendants, all of them before the weights are read except damage to the weights.
         """
-        checkpoint = Checkpoint.open(
-            name, dtype=dtype, device=device, revision=revision, offline=offline, weights=weights, backend=backend
-        )
+        where = {"dtype": dtype, "device": device, "weights": weights, "backend": backend, "revision": revision}
+        checkpoint = Checkpoint.open(name, offline=offline, team=team, **where)  # type: ignore[arg-type]
         plan = checkpoint.plan(memory=memory, chunk=chunk, **cache_options)
         needs = checkpoint.memory_plan(plan, memory=memory, chunk=chunk)
         needs.require()
@@ -190,7 +192,7 @@ class LLM:
                 if progress is not None:
                     progress(done + at, count)
             done += at
-        usage = Usage.of(self.cache, prompt=count, completion=0)
+        usage = Usage.of(self.cache, self.checkpoint.team, prompt=count, completion=0)
         nats = total / count
         return Score(count, nats, math.exp(nats), usage, self.plan.summary())
 

@@ -31,6 +31,7 @@ from .headers import DTYPE_OF, SINGLE, Stored, stored_tensors
 from .inventory import DTYPES, check_fit, empty_model, wanted_tensors
 from .model import Transformer
 from .quant import Quantised, Scheme
+from .shard import cut, is_added_once
 
 RANDOM_NUMBERS = 1 << 22  # that the weights of a random model repeat
 WEIGHT_FILES = re.compile(r"config\.json|.*\.(safetensors|index\.json|bin|pth|pt|ckpt|gguf)")
@@ -131,24 +132,29 @@ def load_model(
     not exactly the config's.
     """
     model, stored = empty_model(config), stored_tensors(folder)
-    names = check_fit(folder, model, stored)
+    names = check_fit(folder, config, stored)
+    for name in names:
+        part = cut(config, name, stored[name].shape)
+        stored[name] = stored[name] if part is None else stored[name].part(*part)
     done, total = 0, sum(stored[name].nbytes for name in names)
     maps = {file: _map(file) for file in {entry.file for entry in stored.values()}}  # free until a page is touched
 
     def tensor(name: str, dtype: torch.dtype, out: Tensor | None, keep: bool) -> Tensor:
         nonlocal done
         entry = stored[name]
-        if keep and DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":
+        as_stored = DTYPE_OF[entry.dtype] == dtype and device.type == "cpu"
+        if keep and as_stored and not entry.pitch:
             found = _view(maps[entry.file], entry)  # the file stays mapped as long as one of its tensors lives
-        elif DTYPE_OF[entry.dtype] == dtype and device.type == "cpu":  # mapped pages would count, and come one by one
+        elif as_stored:  # mapped pages would count, and come one by one
             found = _read_into(torch.empty(entry.shape, dtype=dtype) if out is None else out, entry)
         else:  # a mapping of its own, so that the pages go as soon as the tensor is converted
-            view = _view(_map(entry.file), entry)
+            columns = torch.empty(entry.shape if entry.pitch else 0, dtype=DTYPE_OF[entry.dtype])
+            view = _read_into(columns, entry) if entry.pitch else _view(_map(entry.file), entry)
             found = view.to(device, dtype) if out is None else out.copy_(view)
         done = min(total, done + entry.nbytes)
         if progress is not None:
             progress(done, total)
-        return found
+        return found.zero_() if is_added_once(config, name) else found
 
     def read(name: str, *, out: Tensor | None = None, keep: bool = False) -> Tensor | Quantised:
         if name in stored or not name.endswith(".weight"):
@@ -244,7 +250,7 @@ def save_quantised(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty: name a new folder")
     model, stored = empty_model(config), stored_tensors(source)
-    check_fit(source, model, stored)
+    check_fit(source, config, stored)
     wanted = wanted_tensors(model, scheme.name)
     layout = {
         name: (want.shape, DTYPE_OF[stored[name].dtype if name in stored else want.dtypes[0]])
@@ -314,16 +320,18 @@ def _map(file: Path) -> Tensor:
 
 
 def _read_into(out: Tensor, entry: Stored) -> Tensor:
-    """Fill a contiguous tensor with the bytes of its file."""
-    target = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
+    """Fill a contiguous tensor with the bytes of its file, row by row where only some columns are wanted."""
+    target = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr()))
+    piece = out.nbytes // entry.shape[0] if entry.pitch else out.nbytes
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.begin)
-        whole, done = memoryview(target), 0
-        while done < out.nbytes:  # at most 2 GiB at a time, says Linux
-            got = file.readinto(whole[done:])
-            if not got:
-                raise CheckpointError(f"{entry.file} ended while it was read: it has changed; load it again")
-            done += got
+        for number, start in enumerate(range(0, out.nbytes, piece or 1)):
+            file.seek(entry.begin + number * entry.pitch)
+            done, end = start, start + piece
+            while done < end:  # at most 2 GiB at a time, says Linux
+                got = file.readinto(target[done:end])
+                if not got:
+                    raise CheckpointError(f"{entry.file} ended while it was read: it has changed; load it again")
+                done += got
     return out
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .backends.reference import attend_
 from .cache import CacheRows, KVCache
 from .config import ModelConfig, RopeScaling
+from .shard import output_rows
 from .slots import LayerSlots, Span
 
 Attend = Callable[[LayerSlots, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
@@ -30,7 +31,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, output_rows(config), bias=False)
         )
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache | CacheRows) -> Tensor:
@@ -54,12 +55,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # No buffer: those follow the model's dtype, and angles are computed in float64 whatever the model runs in.
         self.inverse_frequencies = inverse_frequencies(config)  # [D/2]
+        self._frequencies = {self.inverse_frequencies.device: self.inverse_frequencies}
         self.rope_scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
 
     def forward(self, tokens: Tensor, span: Span, cache: KVCache | CacheRows) -> Tensor:
         x = self.embed_tokens(tokens)  # [B, T, hidden]
         rotation, far_rotation = self._rotation(span.host, x), None
-        if cache.trained is not None and max(span.first) + span.length > cache.trained:
+        if cache.trained is not None and span.may_pass(cache.trained):
             # Attention knows distances only.  A query that asks sinks and pins as if it stood at the last trained
             # position sees the sinks just behind its window: nothing in the cache has to be turned again.
             far_rotation = self._rotation(span.host.clamp(max=cache.trained - 1), x)
@@ -68,8 +70,13 @@ class Decoder(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _rotation(self, positions: Tensor, like: Tensor) -> Rotation:
-        """cos and sin [B, 1, T, D] for positions [B, T] on the CPU, in the dtype and on the device of `like`."""
-        cos, sin = rope(positions, self.inverse_frequencies)
+        """cos and sin [B, 1, T, D] for positions [B, T], in the dtype and on the device of `like`.
+
+        Worked out on the CPU, or where the positions lie that it does not know (a recorded step).
+        """
+        if positions.device not in self._frequencies:
+            self._frequencies[positions.device] = self.inverse_frequencies.to(positions.device)
+        cos, sin = rope(positions, self._frequencies[positions.device])
         return (cos * self.rope_scale).to(like), (sin * self.rope_scale).to(like)
 
 

@@ -226,6 +226,10 @@ class MemoryPlan:
             "attention": max(0, attention_bytes(plan, self.chunk, rows) - width * max(0, feeding - attending)),
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
+        if config.shard is not None:  # sums of the stream, and logits; torch's threads hold as much again, twice
+            parts["exchange"] = 3 * max(
+                width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
+            )
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
 
@@ -248,5 +252,7 @@ def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:
     kv_heads, queries = config.num_key_value_heads, min(chunk, query_block(config, retention, rows))
     dense = 2 * item * config.head_dim if plan.int8 else 0
     attend = queries * (config.num_attention_heads // kv_heads * (2 * item + 1) + 3 + plan.policy.watching)
+    if plan.policy.needs_attention and config.query_group > config.num_attention_heads // kv_heads:
+        attend += queries * 4 * item * config.query_group  # weights of a group that is split over ranks, gathered
     evict = 48 * retention.slots + plan.policy.scratch(config, retention, plan.int8 or item < 4) if plan.evicts else 0
     return rows * kv_heads * max(retention.slots * (dense + attend), evict)

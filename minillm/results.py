@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .cache import KVCache
+from .cache import MAX_POSITION, KVCache
+from .shard import ALONE, Team
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -28,13 +29,23 @@ class Usage:
     oldest_kept: int | None
 
     @classmethod
-    def of(cls, cache: KVCache, *, prompt: int, completion: int) -> Usage:
-        """Count what a cache has seen and keeps (reads the device)."""
-        seen, live = cache.seen[0], cache.live().tolist()  # [L][Hkv]
+    def of(cls, cache: KVCache, team: Team = ALONE, *, prompt: int, completion: int) -> Usage:
+        """Count what a cache has seen and keeps, in the heads of a whole team (reads the device)."""
+        seen, live = cache.seen[0], team.every_head(cache.live()).tolist()  # [L][Hkv]
+        oldest = -team.most(-(MAX_POSITION if (found := cache.oldest()) is None else found))
         by_layer = [(min(heads), _whole(sum(heads) / len(heads)), max(heads)) for heads in live]
         kept = sum(mean for _, mean, _ in by_layer) / len(by_layer)
         span = min(low for low, _, _ in by_layer), max(high for _, _, high in by_layer)
-        return cls(prompt, completion, seen, _whole(kept), _whole(seen - kept), span, by_layer, cache.oldest())
+        return cls(
+            prompt,
+            completion,
+            seen,
+            _whole(kept),
+            _whole(seen - kept),
+            span,
+            by_layer,
+            None if oldest == MAX_POSITION else oldest,
+        )
 
 
 def _whole(number: float) -> float:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -147,13 +147,16 @@ class Sampler:
         real_vocab: int,
         eos_ids: Collection[int],
         device: torch.device,
+        agree: Callable[[Tensor], Tensor] = lambda facts: facts,
     ) -> None:
+        """agree: makes what was drawn the same for everybody who computes this together."""
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._real_vocab = min(real_vocab, vocab_size)
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         self._generator = torch.Generator(device=device).manual_seed(self.seed)
         self._count = 0
+        self._agree = agree
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V] in prompt or answer
         self._occurrences = torch.zeros(vocab_size, device=device)  # [V] in the answer
         for token_id in (*params.stop_token_ids, *params.logit_bias):
@@ -216,7 +219,7 @@ class Sampler:
             top = logprobs.topk(min(self.params.logprobs, self._real_vocab))
             facts += [logprobs[facts[0]], top.values, top.indices]  # [1], [n], [n]
         # Ids survive the trip as float32: they are far below 2^24.  NaN and infinity show in the maximum.
-        chosen, peak, *rest = torch.cat([fact.float() for fact in facts]).tolist()
+        chosen, peak, *rest = self._agree(torch.cat([fact.float() for fact in facts])).tolist()
         if not math.isfinite(peak):
             raise CheckpointError(
                 f"the model's logits hold {peak}: the weights are damaged or overflow in this dtype; try float32"

@@ -19,6 +19,7 @@ from .inventory import Weights, weights_of
 from .loader import choose_dtype, random_model
 from .memory import held, trim
 from .model import Transformer
+from .shard import ALONE, Team
 
 FIELDS: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 FIELDS += ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
@@ -46,21 +47,31 @@ class Shape(Checkpoint):
     """A checkpoint without files: of a known model's shape, with weights that are drawn."""
 
     @classmethod
-    def of(cls, name: str, layers: int | None = None, *, dtype: str, device: str, weights: str, backend: str) -> Shape:
+    def of(
+        cls,
+        name: str,
+        layers: int | None = None,
+        *,
+        dtype: str,
+        device: str,
+        weights: str,
+        backend: str,
+        team: Team = ALONE,
+    ) -> Shape:
         """layers: fewer than the model has.  The rest as in Checkpoint.open.  Raises ConfigError."""
-        config = shape_config(name, layers)
+        config = team.part_of(shape_config(name, layers))
         place = Checkpoint.open(device=device).device  # decided as for every model
         kind = choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
         scheme = choose_scheme(weights, config, chosen)
         part = "" if layers is None else f", {layers} of {shape_config(name).num_hidden_layers} layers"
-        return cls(f"{name} (random weights{part})", Path(), config, kind, place, True, scheme, chosen)
+        return cls(f"{name} (random weights{part})", Path(), config, kind, place, True, scheme, chosen, team)
 
     @cached_property
     def base(self) -> int:
         """As in Checkpoint, but that there is no tokenizer."""
         trim()
-        return held(self.device).now
+        return self.team.most(held(self.device).now)
 
     @cached_property
     def weights(self) -> Weights:
@@ -73,7 +84,7 @@ class Shape(Checkpoint):
         fused = self.backend == "cpu"
         model = random_model(self.config, dtype=self.dtype, device=self.device, scheme=self.scheme, fused=fused)
         trim()  # the numbers that it was drawn from are gone
-        return model
+        return self.team.join_(self.attending(model))
 
 
 def shape_config(name: str, layers: int | None = None) -> ModelConfig:

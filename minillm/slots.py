@@ -28,6 +28,7 @@ class Span:
 
     `positions` [B, T] lies on the model's device, `host` is the same on the CPU, `first` the same as plain integers:
     the decode loop knows positions without asking the device.  T may exceed `length`: the rest is padding at -1.
+    In a step that is recorded (backends/graph.py) only the device knows them: `host` is `positions`, `first` is empty.
     """
 
     positions: Tensor  # [B, T] int64, on the model's device
@@ -35,6 +36,10 @@ class Span:
     first: tuple[int, ...]  # B positions
     length: int
     flags: Tensor | None = None  # [B, T] uint8; None = no flags
+
+    def may_pass(self, position: int) -> bool:
+        """Whether a token may stand there or further on; where the host does not know, one may."""
+        return not self.first or max(self.first) + self.length > position
 
     @cached_property
     def positions32(self) -> Tensor:
@@ -94,6 +99,7 @@ class LayerCache:
     window: int | None  # a query sees positions > its own - window; None = all
     far: bool  # whether it sees sinks and pinned tokens even outside the window
     query_block: int  # queries that attend together
+    first_head: int = 0  # which of the KV heads of the model is the first one here
     flagged: bool = False  # whether a token ever had flags: known to the host, so that they cost nothing if not
 
     def __post_init__(self) -> None:
@@ -283,6 +289,7 @@ class LayerRows:
         q_far: Tensor | None,
     ) -> Tensor:
         """Attention of every row by itself, see `reference.attend_`: [B, H, T, D], zeros for rows that fill up."""
+        assert self.views, "a recorded step has no views of rows: only backends/triton.py takes it"
         result = torch.zeros_like(q)
         for row, view in enumerate(self.views):
             at = slice(row, row + 1)

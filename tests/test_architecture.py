@@ -23,7 +23,7 @@ TREES = {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for 
 
 # From the ground up: a room may import from its own floor and from those below it.
 FLOORS = (
-    ("errors", "units", "version", "cgroups"),
+    ("errors", "units", "version", "cgroups", "shard"),
     (
         "config",
         "cores",

@@ -22,6 +22,7 @@ from minillm.cli.options import add_cache_options, add_model_options, add_sampli
 from minillm.cli.prompt_text import PIECE_BYTES, add_text_options, decode_utf8, read_text
 from minillm.cli.tokens import printable
 from minillm.errors import BudgetError, PromptError, SamplingError
+from minillm.shard import ALONE
 
 SHELL = [sys.executable, "-m", "minillm"]
 
@@ -168,7 +169,7 @@ def test_output_is_utf8_on_a_terminal_that_is_not() -> None:
 def text_args(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_text_options(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(team=ALONE))
 
 
 class Dripping(io.RawIOBase):

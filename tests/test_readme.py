@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -80,8 +81,22 @@ def test_the_server_answers_as_the_readme_says(tmp_path: Path) -> None:
             assert "completion_tokens=40" in done.stdout
 
 
+@pytest.mark.parametrize("line", commands("readme: several processes"))
+def test_commands_run_in_several_processes(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    assert words[0] == "torchrun"
+    command, quiet = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    done = subprocess.run([*command, *words[1:]], cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 20
+
+
 def test_no_block_is_left_out_and_every_command_is_shown() -> None:
     marks = ("readme: run", "readme: needs the hub", "readme: serve", "readme: ask the server", "ci: main", "ci: test")
+    marks += ("readme: several processes",)
     marked = sum(len(blocks(mark)) for mark in marks)
     assert marked == README.count("```") // 2
     shown = {shlex.split(line)[1] for mark in marks[:3] for line in commands(mark)}

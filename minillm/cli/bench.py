@@ -15,7 +15,7 @@ from .info import versions
 from .interrupt import ctrl_c_ends_at_once
 from .opening import choose_threads, open_checkpoint
 from .options import add_model_options, positive
-from .report import Meter
+from .report import Meter, on_ranks
 
 if TYPE_CHECKING:
     from ..bench import Case, Figures, Report
@@ -61,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
     """A table and a line of JSON, or that line alone."""
     checkpoint = open_subject(args)
 
+    import torch
+
     from ..bench import Bench
     from ..sampling import SamplingParams
 
     seed = SamplingParams(seed=args.seed).seed  # refuses what no generator takes
     seed = secrets.randbits(32) if seed is None else seed
+    seed = int(args.team.agreed(torch.tensor(seed)))
     cases = plan_cases(args, checkpoint)
     plans = [checkpoint.memory_plan(case.plan, chunk=args.chunk, logit_rows=1) for case in cases]
     memory = max(plans, key=lambda plan: plan.total)  # one case has a cache at a time
@@ -97,7 +100,7 @@ def open_subject(args: argparse.Namespace) -> Checkpoint:
 
     choose_threads(args)
     computation = {name: getattr(args, name) for name in ("dtype", "device", "weights", "backend")}
-    return Shape.of(args.shape, args.layers, **computation)
+    return Shape.of(args.shape, args.layers, team=args.team, **computation)
 
 
 def plan_cases(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Case]:
@@ -134,6 +137,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtype,
         "backend": checkpoint.computed_by,
         "device": str(checkpoint.device),
+        "ranks": checkpoint.team.ranks,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
@@ -147,7 +151,8 @@ def head(facts: dict[str, Any]) -> Iterator[str]:
     precision = facts["weights"] if facts["weights"] == facts["dtype"] else f"{facts['weights']} and {facts['dtype']}"
     yield (
         f"{facts['model']}: {size(facts['weight_bytes'])} of weights, read in every step; {precision}, "
-        f"backend {facts['backend']}; cache in {cache['kv_dtype']}, policy {cache['policy']}, budget {cache['budget']}"
+        f"backend {facts['backend']}{on_ranks(facts['ranks'])}; "
+        f"cache in {cache['kv_dtype']}, policy {cache['policy']}, budget {cache['budget']}"
     )
     threads, rounds = (
         f"{facts[name]} {name.removesuffix('s')}{'s' * (facts[name] > 1)}" for name in ("threads", "rounds")

@@ -103,8 +103,22 @@ def backends() -> dict[str, Any]:
         "hashing, eviction": "torch, once in evict-every tokens",
         "native.c": "runs here" if not why else f"does not run: {why}",
         "reference": "every operation, wherever --backend reference says so, and on other devices",
-        "triton, graph": "not part of this version",
+        **triton_serves(),
     }
+
+
+def triton_serves() -> dict[str, str]:
+    """What runs on CUDA, and why nothing of it would here."""
+    import torch
+
+    from ..checkpoint import triton_missing
+
+    why = triton_missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if why is not None:
+        return {"triton": f"does not run: {why}", "graph": "does not run: it records steps of triton"}
+    one = "one token: eviction (window, hashevict, hashevict-key, hashevict-plus), writing, attention"
+    graph = "a whole step as a CUDA graph, from the library alone (backends/graph.py)"
+    return {"triton": f"{one}; of many tokens and other policies torch", "graph": graph}
 
 
 def _in_words(value: Any) -> str:

@@ -17,6 +17,8 @@ from typing import NoReturn, TextIO
 
 from .. import __version__
 from ..errors import MinillmError
+from ..shard import Team
+from .ranks import refuse_what_is_for_one, together
 
 COMMANDS = (
     "generate",
@@ -44,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; we do without
         try:
-            status = _run(argv)
-            sys.stdout.flush()
+            with together() as team:
+                status = _run(argv, team)
+                sys.stdout.flush()
             return status
         except MinillmError as error:
             return _fail(str(error))
@@ -59,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, team: Team) -> int:
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(argv, argparse.Namespace(team=team))
     except SystemExit as done:  # argparse has answered: --help, --version, or a mistake
         return int(done.code or 0)
+    refuse_what_is_for_one(args)
     status: int = args.run(args)
     return status
 

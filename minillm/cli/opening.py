@@ -33,6 +33,7 @@ def open_checkpoint(args: argparse.Namespace, *, with_weights: bool = True) -> C
         weights=args.weights,
         backend=args.backend,
         with_weights=with_weights,
+        team=args.team,
     )
 
 

@@ -49,7 +49,10 @@ def add_model_options(parser: argparse.ArgumentParser, *, draws: bool = True) ->
         "not), int4 (default: auto, as stored)",
     )
     group.add_argument(
-        "--backend", choices=("auto", "reference", "cpu"), default="auto", help="who computes (default: auto, see info)"
+        "--backend",
+        choices=("auto", "reference", "cpu", "triton"),
+        default="auto",
+        help="who computes (default: auto, see info)",
     )
     group.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: the cores this process may use)"

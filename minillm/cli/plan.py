@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..shard import Team
 from ..units import size
 from .opening import open_checkpoint, plan_cache
 from .options import add_cache_options, add_model_options, positive
@@ -26,11 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group = parser.add_argument_group("server")
     group.add_argument("--rows", type=positive, metavar="N", help="as `serve` needs it, for N answers drawn together")
     add_rows_options(group)
+    parser.add_argument(
+        "--ranks", type=positive, default=1, metavar="N", help="for one of N processes that compute it together"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """A table of bytes by part, or one JSON object."""
+    args.team = Team(ranks=args.ranks)
     checkpoint = open_checkpoint(args, with_weights=False)
 
     from .. import llm  # noqa: F401  # what the commands that run have loaded counts as base

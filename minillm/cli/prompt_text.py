@@ -34,7 +34,8 @@ def read_text(args: argparse.Namespace) -> Iterator[str]:
     if args.text is None and sys.stdin.isatty():
         raise PromptError("no text was given: pass it as an argument, with --file PATH, or on stdin")
     if args.text is None or args.text == "-":
-        return decode_utf8(sys.stdin.buffer, "stdin")
+        shared: Iterator[str] = args.team.shared(decode_utf8(sys.stdin.buffer, "stdin"))
+        return shared
     try:
         args.text.encode()
     except UnicodeEncodeError as error:  # Python smuggles bytes that are not UTF-8 through arguments as surrogates

@@ -44,7 +44,13 @@ def facts_before(checkpoint: Checkpoint, plan: CachePlan) -> str:
     if checkpoint.scheme is not None:
         precision = f"{checkpoint.scheme.name} and {precision}"
     weights = size(checkpoint.weight_bytes())
-    return f"{checkpoint.name}, {weights} in {precision} on {checkpoint.device}; {kept}; {rule}"
+    where = f"{checkpoint.device}{on_ranks(checkpoint.team.ranks)}"
+    return f"{checkpoint.name}, {weights} in {precision} on {where}; {kept}; {rule}"
+
+
+def on_ranks(ranks: int) -> str:
+    """What bytes are of, where several processes compute a model together."""
+    return "" if ranks == 1 else f" on each of {ranks} ranks"
 
 
 def facts_after(usage: Usage, timings: Timings, memory: MemoryPlan | None) -> str:

@@ -79,14 +79,13 @@ class HashEvict(EvictionPolicy):
     def head_state(self, config: ModelConfig) -> dict[str, TensorSpec]:
         """The mean key, the profile of all queries, or a ring of the codes of the last ones."""
         words, dtype = lsh.code_words(self.hash_bits)
-        group = config.num_attention_heads // config.num_key_value_heads
         spec: dict[str, TensorSpec] = {}
         if self.centred:
             spec["centre"] = ((config.head_dim,), torch.float32)
         if self.decay:
             spec["profile"] = ((self.hash_bits,), torch.float64)
         if self.recent_queries > 1:
-            spec["queries"] = ((self.recent_queries - 1, group, words), dtype)
+            spec["queries"] = ((self.recent_queries - 1, config.query_group, words), dtype)
         return spec
 
     def constants_spec(self, config: ModelConfig) -> dict[str, TensorSpec]:
@@ -95,25 +94,24 @@ class HashEvict(EvictionPolicy):
         return {"projection": ((heads, self.hash_bits, config.head_dim), torch.float32)}
 
     def constants(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:
-        """The layer's projection [1 or Hkv, P, D]."""
-        heads = config.num_key_value_heads if self.per_head else 1
+        """The layer's projection [1 or Hkv, P, D]; a rank that holds some of the heads has their part of all."""
         rows = lsh.projection(
             self.hash_bits,
             config.head_dim,
             seed=self.policy_seed,
             layer=layer,
-            heads=heads,
+            heads=config.whole.num_key_value_heads if self.per_head else 1,
             orthogonal=self.orthogonal,
         )
-        return {"projection": rows}
+        first = config.first_kv_head if self.per_head else 0
+        return {"projection": rows[first : first + config.num_key_value_heads]}
 
     def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
         """Codes while their ones are counted and numbers for each query; or keys that are tagged together, as they are
         stored, in float32, and centred.
         """
         words, dtype = lsh.code_words(self.hash_bits)
-        group = config.num_attention_heads // config.num_key_value_heads
-        counting = 4 * words * dtype.itemsize * group + 16 * self.recent_queries
+        counting = 4 * words * dtype.itemsize * config.query_group + 16 * self.recent_queries
         tagging = ((6 if narrow else 4) + 4 * self.centred) * config.head_dim + 10 * self.hash_bits
         return max(retention.slots * counting, min(TAGGED_TOGETHER, retention.slots) * tagging)
 

@@ -29,6 +29,7 @@ class Random(EvictionPolicy):
     def score(self, layer: LayerCache, query: Tensor, key: Tensor, now: Tensor) -> Tensor:  # noqa: ARG002
         """24 random bits for every slot's token: [B, Hkv, S]."""
         heads = torch.arange(layer.positions.shape[1], device=layer.positions.device)[:, None]  # [Hkv, 1]
+        heads = heads + layer.first_head
         stream = mix(mix(heads + self.policy_seed * 1_000_003) + layer.index)  # [Hkv, 1]
         return mix(stream + layer.positions) >> 8  # [B, Hkv, S]
 

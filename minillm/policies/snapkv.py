@@ -45,12 +45,11 @@ class SnapKV(EvictionPolicy):
 
     def head_state(self, config: ModelConfig) -> dict[str, TensorSpec]:
         """A ring of queries: that of position t at t % observed."""
-        group = config.num_attention_heads // config.num_key_value_heads
-        return {"queries": ((self.observed, group, config.head_dim), torch.float32)}
+        return {"queries": ((self.observed, config.query_group, config.head_dim), torch.float32)}
 
     def scratch(self, config: ModelConfig, retention: Retention, narrow: bool) -> int:
         """Scores of the window, masked and as weights, its queries, and all keys."""
-        window = (self.observed + 1) * config.num_attention_heads // config.num_key_value_heads
+        window = (self.observed + 1) * config.query_group
         return 12 * window * retention.slots + 4 * config.head_dim * (window + (retention.slots if narrow else 0))
 
     def observe_queries_(self, layer: LayerCache, queries: Tensor, positions: Tensor) -> None:

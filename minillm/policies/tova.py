@@ -23,6 +23,7 @@ class Tova(EvictionPolicy):
 
     name: ClassVar[str] = "tova"
     needs_attention: ClassVar[bool] = True
+    mixes_heads: ClassVar[bool] = True
 
     def slot_state(self, config: ModelConfig) -> dict[str, TensorSpec]:  # noqa: ARG002
         """What the last query gave; the same for every head."""

@@ -1,0 +1,89 @@
+"""The Triton backend: its kernels in a process that interprets them, and who may choose it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm import ConfigError
+from minillm.checkpoint import choose_backend, triton_missing
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ABSENT = "triton is not installed; there are wheels for Linux on x86-64"
+
+
+def python(*command: str, **environment: str) -> str:
+    """What a Python prints.  Whether kernels are interpreted Triton asks the environment once, when it is imported."""
+    pytest.importorskip("triton", reason=ABSENT)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    ran = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=variables, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    return ran.stdout
+
+
+def test_every_kernel_beside_the_reference() -> None:
+    told = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py", TRITON_INTERPRET="1")
+    assert "passed" in told
+    assert "skipped" not in told
+    print(told)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    told = python("tools/compile_kernels.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    for kernel in ("hash_keys", "novelty", "evict", "write", "attend", "join"):
+        for capability in ("sm_80", "sm_90"):
+            assert re.search(rf"{kernel} +{capability} +[\d,]+ bytes", told), (kernel, capability)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs() -> None:
+    quick = (
+        "--shape",
+        "smollm2-135m",
+        "--layers",
+        "1",
+        "--rows",
+        "2",
+        "--slots",
+        "32",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    )
+    told = python("tools/measure_gpu.py", *quick, TRITON_INTERPRET="1")
+    assert set(json.loads(told.splitlines()[-1])["step_ms"]) == {"reference", "triton", "recorded"}
+
+
+def test_it_is_refused_on_a_cpu_in_one_line() -> None:
+    assert triton_missing(CPU) is not None
+    with pytest.raises(ConfigError, match=r"^backend triton cannot serve: .*; use --backend auto$"):
+        choose_backend("triton", torch.float32, CPU)
+
+
+def test_auto_never_takes_it_on_a_cpu() -> None:
+    assert choose_backend("auto", torch.bfloat16, CPU) == "cpu"
+    assert choose_backend("auto", torch.float16, CPU) == "reference"
+
+
+def test_auto_takes_it_on_cuda() -> None:
+    pytest.importorskip("triton", reason=ABSENT)
+    assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "triton"
+
+
+def test_auto_falls_back_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.checkpoint.find_spec", lambda name: None)  # noqa: ARG005
+    assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "reference"
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        choose_backend("triton", torch.bfloat16, torch.device("cuda"))
