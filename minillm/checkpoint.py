@@ -67,8 +67,7 @@ class Checkpoint:
 
         dtype: auto, float32, bfloat16 or float16.  device: auto (CUDA where there is one, else the CPU), cpu, cuda or
         mps.  weights: "int8", "int8-a16" or "int4" quantises the linear layers, see Scheme; auto leaves them as stored.
-        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, triton on CUDA where it is installed,
-        else reference.
+        backend: who computes; auto is cpu for float32 and bfloat16 on the CPU, else reference.
         with_weights: False downloads only the small files, enough to plan.
         team: who computes it together; this process then opens its part.
 
@@ -236,9 +235,8 @@ def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> 
     if requested not in BACKENDS:
         raise ConfigError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
     by_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if requested == "auto":
-        by_triton = device.type == "cuda" and triton_missing(device) is None
-        return "cpu" if by_cpu else "triton" if by_triton else "reference"
+    if requested == "auto":  # not triton: no GPU has run it yet
+        return "cpu" if by_cpu else "reference"
     if requested == "cpu" and not by_cpu:
         kind = str(dtype).removeprefix("torch.")
         raise ConfigError(
