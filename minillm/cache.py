@@ -207,9 +207,12 @@ class CacheRows:
 
     def append(self, flags: Tensor | None = None) -> Span:
         """Reserve the next position of every row; flags [B, 1] uint8 are written with the tokens."""
-        given = [None if flags is None else flags[row : row + 1] for row in range(len(self.views))]
-        first = [view.append(1, flags=mine).first[0] for view, mine in zip(self.views, given, strict=True)]
-        first += [NOTHING] * (self.batch - len(first))
+        first = [NOTHING] * self.batch
+        for row, view in enumerate(self.views):
+            view.check_room(1)
+            if flags is not None and flags[row].any():
+                view.note_flags()
+            first[row], view.seen = view.seen[0], [view.seen[0] + 1]
         host = torch.tensor(first)[:, None]  # [B, 1]
         return Span(host.to(self.device), host, tuple(first), 1, None if flags is None else flags.to(self.device))
 

@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
     server: dict[str, int] = {}
     if args.rows is not None:
-        from ..server import app  # noqa: F401  # counts as base, too
-
         server = {"reading": 1, "requests": requests_bytes(args)}
+
+        from ..server import app  # noqa: F401  # counts as base, too
     plan = plan_cache(
         args, checkpoint, context=None, rows=1 if args.rows is None else args.rows + args.prefixes, **server
     )

@@ -263,7 +263,7 @@ class Server:
     # --- around all of them ---
 
     def _application(self) -> ASGIApp:
-        """Routes inside of `_Door`, with permission for pages elsewhere where that was asked for."""
+        """Routes inside of `Door`, with permission for pages elsewhere where that was asked for."""
         routes = [
             Route("/", self.page),
             *(Route(path, self.health) for path in ("/health", "/health/live", "/health/ready")),

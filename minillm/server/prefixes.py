@@ -30,12 +30,16 @@ class Prefixes:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     def beginnings(self, tokens: Tensor) -> list[bytes]:
-        """A digest of tokens [n] after each chunk; but for the last token, which always has to be read."""
+        """A digest of tokens [n] after each chunk; but for the last token, which always has to be read.
+
+        None where there is no row to keep a copy in.
+        """
         digest, found = sha256(), []
-        for piece in tokens[: len(tokens) - 1].split(self._chunk)[:MOST_CHUNKS]:
-            if len(piece) == self._chunk:
-                digest.update(array("i", piece.tolist()).tobytes())
-                found.append(digest.digest())
+        whole = min(MOST_CHUNKS, (len(tokens) - 1) // self._chunk) if self._free or self._kept else 0
+        for chunk in range(whole):
+            piece = tokens[chunk * self._chunk : (chunk + 1) * self._chunk]  # [chunk]
+            digest.update(array("i", piece.tolist()).tobytes())
+            found.append(digest.digest())
         return found
 
     def restore_(self, cache: KVCache, beginnings: Sequence[bytes]) -> int:
@@ -56,7 +60,7 @@ class Prefixes:
             self._seen.move_to_end(digest)
         while len(self._seen) > MOST_SEEN:
             self._seen.popitem(last=False)
-        if not shared or not (self._free or self._kept) or beginnings[shared[-1] - 1] in self._kept:
+        if not shared or beginnings[shared[-1] - 1] in self._kept:
             return 0
         return shared[-1] * self._chunk
 

@@ -41,9 +41,7 @@ class Kept:
 class Sessions:
     """Sessions by name, the least recently used first."""
 
-    def __init__(
-        self, folder: Path | None, *, most: int, seconds: float, log: Callable[[str], None], resume: bool = True
-    ) -> None:
+    def __init__(self, folder: Path | None, *, most: int, seconds: float, log: Callable[[str], None]) -> None:
         """Finds what is in the folder.  most: how many are kept; seconds: how long an idle one is."""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what was said in them is nobody else's business
@@ -51,7 +49,7 @@ class Sessions:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         for leftover in folder.glob(f"*{SUFFIX}.*.tmp") if folder else []:  # of a server that was killed as it saved
             leftover.unlink(missing_ok=True)
-        files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime) if folder and resume else []
+        files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime) if folder else []
         for file in files:
             self._kept[file.name.removesuffix(SUFFIX)] = Kept(saved=True, used=file.stat().st_mtime)
         self.tidy()

@@ -201,12 +201,12 @@ class Worker(threading.Thread):
 
     def _drop(self) -> None:
         """Whose client has left, or whose time is up, or whom a shutdown does not wait for."""
-        now, late = time.monotonic(), ApiError(408, "the time for this request is over", code="timeout", final=True)
+        now = time.monotonic()
         with self._changed:
             waiting = list(self._waiting)
         for choice in [*waiting, *self._running.values()]:
             if choice.call.deadline <= now and not choice.call.over:
-                choice.call.fail(late)
+                choice.call.fail(too_late())
                 self._metrics.left.labels("timeout").inc()
         if self._draining:
             for choice in [*waiting, *(self._running.values() if self._stopping else ())]:
@@ -334,6 +334,11 @@ def remembered(session: Session, usage: Usage) -> list[float]:
 def shutting_down() -> ApiError:
     """Another server may be there soon."""
     return ApiError(503, "the server is shutting down", "server_error", retry_after=5)
+
+
+def too_late() -> ApiError:
+    """As long as was asked for, or allowed."""
+    return ApiError(408, "the time for this request is over", code="timeout", final=True)
 
 
 def broken() -> ApiError:
