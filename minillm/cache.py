@@ -93,6 +93,7 @@ class KVCache:
         self._fewest = min(retention.slots for retention in self.retentions)
         self.fixed = frozenset(policy.constants_spec(config))  # names of what needs neither reset nor saving
         self.seen = [0] * rows
+        self.number = 0  # which row of a larger cache this one is, see `row`
         self.reset()
 
     def reset(self) -> None:
@@ -113,7 +114,7 @@ class KVCache:
         Whoever works with rows works with nothing else: `seen` of the whole does not follow.
         """
         one = copy(self)
-        one.rows, one.seen = 1, [self.seen[row]]
+        one.rows, one.seen, one.number = 1, [self.seen[row]], row
         one.layers = [
             replace(layer.row(row, self.fixed), query_block=query_block(self.config, layer.retention, 1))
             for layer in self.layers

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .backends.linear import fewest_alike
 from .cache import CacheRows, KVCache
-from .errors import MinillmError
+from .errors import MinillmError, RankError
 from .generate import Pins, feed, flags_of
 from .model import Transformer
 from .sampling import Sample, Sampler
@@ -116,6 +116,8 @@ class Engine:
         self._reading.rotate(-1)  # the next prompt has its turn
         try:
             row.task.read(tokens, hidden)
+        except RankError:  # which ends all rows
+            raise
         except MinillmError as error:
             return self._end(number, error)
         if row.unread == 0:
@@ -139,6 +141,8 @@ class Engine:
                     drawn[number] = sample.token_id
                 else:
                     self._end(number)
+            except RankError:
+                raise
             except MinillmError as error:
                 self._end(number, error)
         return drawn

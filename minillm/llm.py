@@ -57,6 +57,7 @@ class LLM:
             raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
         self.checkpoint, self.model, self.plan, self.chunk, self.memory = checkpoint, model, plan, chunk, memory
         self.cache = plan.allocate(checkpoint.device)
+        self.team: Team = checkpoint.team  # who counts and draws together
         if plan.policy.needs_kinds:
             self.cache.kinds = torch.zeros(checkpoint.config.vocab_size, dtype=torch.uint8)
             self.cache.kinds[checkpoint.tokenizer.special_ids()] = SPECIAL
@@ -192,7 +193,7 @@ class LLM:
                 if progress is not None:
                     progress(done + at, count)
             done += at
-        usage = Usage.of(self.cache, self.checkpoint.team, prompt=count, completion=0)
+        usage = Usage.of(self.cache, self.team, prompt=count, completion=0)
         nats = total / count
         return Score(count, nats, math.exp(nats), usage, self.plan.summary())
 

@@ -17,7 +17,7 @@ from ..shard import ALONE, Team
 
 SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
 SECONDS_TO_HEAR = 2.0  # that the first one stays after it has spoken
-TOGETHER = ("generate", "score", "bench")  # commands that run in several processes
+TOGETHER = ("generate", "score", "bench", "serve")  # commands that run in several processes
 
 
 @contextmanager
@@ -63,6 +63,8 @@ def refuse_what_is_for_one(args: argparse.Namespace) -> None:
         )
     if args.command == "generate" and args.session is not None:
         raise ConfigError("--session keeps the heads of one process: leave torchrun out, or the session")
+    if args.command == "serve" and args.sessions is not None:
+        raise ConfigError("--sessions saves the heads of one process: leave torchrun out, or the folder")
 
 
 class _Nowhere(io.StringIO):
