@@ -24,7 +24,7 @@ from ..model import Transformer
 from ..shard import ALONE, Team
 from ..slots import Span
 
-BLOCK = 64  # numbers that are always sent together: a decode step of 20 rows fits
+BLOCK = 64  # numbers that are always sent together: a decode step of 19 rows fits
 
 
 class Order(IntEnum):

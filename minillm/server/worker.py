@@ -209,7 +209,7 @@ class Worker(threading.Thread):
             _obey(order, future)
         self._drop()
         self._admit()
-        if not self.engine.busy and time.monotonic() - self._met > QUIET:
+        if not (self.engine.busy or self._draining) and time.monotonic() - self._met > QUIET:
             self._leader.here()
             self._met = time.monotonic()
         if quiet and not self._trimmed:
