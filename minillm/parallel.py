@@ -6,9 +6,10 @@ that what they give is summed over ranks: one sum for attention, one for the fee
 by rows and gathered; the embedding is whole on every rank, for it is only looked up, and where its dtype is the model's
 it is mapped: one copy for all ranks of a machine, and only the rows that were asked for.
 
-Every rank runs the same program over its own heads, with hash tables, policies and caches of their own.  Evictions
-follow from positions and keys, so nothing has to be agreed on, with two exceptions (`Together`).  Ranks of one kind of
-machine compute the same bits from the same numbers, which is what keeps copies of a KV head alike.
+Every rank runs the same program over its own heads, with hash tables, policies and caches of their own; in a server one
+of them leads the others through it (server/leader.py).  Evictions follow from positions and keys, so nothing has to be
+agreed on, with two exceptions (`Together`).  Ranks of one kind of machine compute the same bits from the same numbers,
+which is what keeps copies of a KV head alike.
 
 This is the only module that imports torch.distributed.
 """
