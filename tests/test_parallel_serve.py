@@ -263,6 +263,17 @@ def test_a_process_that_dies_while_nobody_asks_ends_the_others(dead: int) -> Non
         require_one_message(group, dead=dead)
 
 
+def test_an_answer_whose_end_nobody_counts_is_an_error() -> None:
+    """The others are gone when it is over, and only its usage has to be asked for."""
+    gone = "from minillm.errors import RankError\nfrom minillm.shard import Team\n"
+    gone += "def count(self, cache):\n    raise RankError('all are gone')\nTeam.count = count"
+    with serving(*OPTIONS, first=gone) as served:
+        status, answer, _ = served.request("/v1/completions", {"prompt": ONCE, "max_tokens": 4}, seconds=10)
+        assert (status, answer["error"]["type"]) == (503, "server_error")
+        assert served.process.wait(10) == 2
+    assert served.said[-1] == "minillm: error: all are gone\n"
+
+
 def require_one_message(group: Together, *, dead: int) -> None:
     """Soon, and with status 2."""
     statuses, said = group.end(10)

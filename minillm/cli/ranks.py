@@ -24,7 +24,8 @@ TOGETHER = ("generate", "score", "bench", "serve")  # commands that run in sever
 def together() -> Iterator[Team]:
     """The processes that torchrun has started, where it has started several; only the first of them prints.
 
-    What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once.
+    What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once, but
+    for a server (serve.py).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
