@@ -34,6 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
 CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
+SHARED = 1 << 15  # bytes that keys alone may take there
 ORDERED, SEARCHED = 4096, 1024  # bits of codes that are compared at a time, and slots that are searched for victims
 MOST_SLOTS, MOST_SCORE = 1 << 16, (1 << 15) - 2  # what `choose` has bits for
 
@@ -176,8 +177,8 @@ def attend_slots(
     whole, rows = _parts(layer)
     (batch, heads, tokens, dim), (kv_heads, slots) = q.shape, whole.positions.shape[1:]
     cut, group = CUT if tokens == 1 else CUT_MANY, heads // kv_heads
-    narrow = _padded(dim) * q.element_size() <= 512  # queries, keys and values lie in shared memory
-    tile, block = _padded(group) if tokens == 1 else (TILE if narrow else TILE // 2), BLOCK if narrow else BLOCK // 2
+    most = SHARED // (_padded(dim) * q.element_size())  # queries, keys and values lie in shared memory
+    tile, block = (_padded(group), min(BLOCK, most)) if tokens == 1 else (min(TILE, most // 2), min(BLOCK, most // 2))
     asked, cuts = batch * heads * tokens, triton.cdiv(slots, cut)
     parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
     sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
