@@ -67,12 +67,24 @@ def as_int4mm_multiplies(x: Tensor, packed: Tensor, group: int, scales_and_zeros
     return (x.double() @ weights.double().T).to(BF16)
 
 
+INT_MM = torch._int_mm
+
+
+def within_cudas_limits(x: Tensor, weight: Tensor) -> Tensor:
+    """`_int_mm` of the CPU, for what that of Blas.cpp takes, and cuBLAS as its manual prefers it: x times columns."""
+    assert x.shape[0] > 16
+    assert not any(size % 8 for size in (*x.shape, *weight.shape))
+    assert (x.stride(1), weight.stride(0)) == (1, 1)
+    return INT_MM(x, weight)
+
+
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU is taken for a CUDA device."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_convert_weight_to_int4pack", as_int4mm_packs, "CPU")
     library.impl("_weight_int4pack_mm", as_int4mm_multiplies, "CPU")
+    monkeypatch.setattr(torch, "_int_mm", within_cudas_limits)
     monkeypatch.setattr(linear_cuda, "missing", lambda _: None)
     linear_cuda.unpacks.cache_clear()
     yield

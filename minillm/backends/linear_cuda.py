@@ -103,7 +103,7 @@ class Int4CudaLinear(DenseLinear):
 
 def pack_tiles(codes: Tensor, tiles: int) -> Tensor:
     """uint8 [N, K / 2] -> int32 [N / 8, K / (16 * tiles), 32, tiles / 2]; torch wants the first of two nibbles high."""
-    swapped = (codes << 4) | (codes >> 4)  # [N, K / 2]
+    swapped = (codes << 4).bitwise_or_(codes >> 4)  # [N, K / 2]
     return torch.ops.aten._convert_weight_to_int4pack(swapped, tiles)  # type: ignore[no-any-return]
 
 
