@@ -22,7 +22,7 @@ TILE = 8  # rows of weights that tensor cores take together
 
 
 def make_linear(weight: Quantised, bias: Tensor | None, *, dtype: torch.dtype, rounds_activations: bool) -> Linear:
-    """The best layer of those that need no packing on a CPU, on the weight's device, for activations in `dtype`."""
+    """The layer for a weight [N, K], where it lies, and activations in `dtype`: dense where no kernel here serves."""
     kind = kind_of(weight.shape, weight.bits, weight.codes.device, dtype, rounds_activations=rounds_activations)
     if kind is Int8CudaLinear:
         return Int8CudaLinear(weight, bias, rounds_activations=rounds_activations)
@@ -32,7 +32,7 @@ def make_linear(weight: Quantised, bias: Tensor | None, *, dtype: torch.dtype, r
 def kind_of(
     shape: tuple[int, int], bits: Bits, device: torch.device, dtype: torch.dtype, *, rounds_activations: bool
 ) -> type[Linear]:
-    """Which layer a weight of this shape [N, K] is given."""
+    """Which layer that is."""
     return DenseLinear if missing(device) else kind_for(shape, bits, dtype, rounds_activations=rounds_activations)
 
 
