@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backends.linear_cuda import product_bytes
 from .budget import Budget, CachePlan
 from .cache import query_block
 from .errors import BudgetError
@@ -214,7 +215,7 @@ class MemoryPlan:
         queries, keys, values, their rotated copies and the result, whichever is more.  attention: see
         `attention_bytes`; beyond what is counted already, as the feed-forward has its turn later.  logits: those of one
         token and what is computed to draw the next one, or, three times in float32, those of the positions that are
-        scored together.
+        scored together.  products: of weights that are kept in 8 or 4 bits, where they do not come with fused.py.
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
@@ -229,6 +230,14 @@ class MemoryPlan:
         if config.shard is not None:  # sums of the stream, and logits; torch's threads hold as much again, twice
             parts["exchange"] = 3 * max(
                 width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
+            )
+        if self.weights.quantised and not self.weights.packed:
+            hidden = config.hidden_size
+            wide = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+            parts["products"] = max(
+                product_bytes(rows * self.chunk, (wide, hidden)),
+                product_bytes(rows * self.chunk, (hidden, wide)),
+                product_bytes(plan.rows * self.logit_rows, (config.vocab_size, hidden)),
             )
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
