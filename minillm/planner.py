@@ -32,6 +32,7 @@ RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 <<
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
 CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
+CUT = 256  # slots of a program of attention, as backends/triton.py cuts them
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
 
@@ -66,6 +67,7 @@ class MemoryPlan:
     base: bytes it holds already.  chunk: tokens of a prompt that are read at once.  logit_rows: positions whose logits
     are computed together (1, or more where texts are scored).  promise: bytes that were promised not to be exceeded.
     reading: rows that read a chunk together; None: all.  requests: bytes that a server holds for its clients.
+    recorded: whether decode steps are recorded (backends/graph.py).
     """
 
     cache: CachePlan
@@ -77,6 +79,7 @@ class MemoryPlan:
     promise: int | None = None
     reading: int | None = None
     requests: int = 0
+    recorded: bool = False
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -207,6 +210,11 @@ class MemoryPlan:
         """The `memory` object of --json: bytes planned, held at most so far, and promised."""
         return {"planned": self.total, "peak": self.peak, "promise": self.promise}
 
+    @property
+    def recording(self) -> int:
+        """Bytes that recorded decode steps hold; 0 where none are recorded."""
+        return sum(recording_bytes(self.cache).values()) if self.recorded else 0
+
     def _workspace(self) -> dict[str, int]:
         """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
 
@@ -230,6 +238,7 @@ class MemoryPlan:
             parts["exchange"] = 3 * max(
                 width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
             )
+        parts |= {"recording": self.recording} if self.recorded else {}
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
 
@@ -239,6 +248,30 @@ class MemoryPlan:
         if self.device.type != "cpu" or not (self.weights.packed or (narrow and cpu_has_bfloat16())):
             return 0
         return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
+
+
+def recording_bytes(plan: CachePlan) -> dict[str, int]:
+    """What recorded decode steps of all rows hold, see backends/graph.py; those of fewer rows lie in the same memory.
+
+    buffers: a token, a position and a row for each, and logits in float32.  step: the workspace of the widest step at
+    its widest moment, which graphs keep: numbers of a layer (see `MemoryPlan._workspace`) with angles in float64, and
+    what is allocated for kernels, attention's parts or the order of slots; or else the logits before they are copied.
+    Not counted, for nobody has measured it: how torch rounds what graphs allocate, and what a product needs beside.
+    """
+    config, item, rows = plan.config, plan.dtype.itemsize, plan.rows
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    bits = sum(8 * kind.itemsize * shape[0] for shape, kind in plan.policy.slot_state(config).values() if shape)
+    kernels = 0
+    for retention in plan.retentions:
+        attend = heads * -(-retention.slots // CUT) * (dim + 2) * 4
+        evict = kv_heads * (8 * retention.slots + 4 * bits) if plan.evicts else 0
+        kernels = max(kernels, attend, evict)
+    layer = item * (3 * config.hidden_size + max(4 * (heads + kv_heads) * dim, 3 * config.intermediate_size))
+    logits = config.vocab_size * (item if item >= 4 else item + 4)
+    return {
+        "buffers": rows * (3 * 8 + 4 * config.vocab_size),
+        "step": rows * max(layer + kernels + 64 * dim, logits),
+    }
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:

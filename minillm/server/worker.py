@@ -59,7 +59,8 @@ class Worker(threading.Thread):
         """llm: over a cache of rows + prefixes rows."""
         super().__init__(name="minillm worker", daemon=True)
         self._settings, self._metrics, self._log = settings, metrics, log
-        self.engine = Engine(llm.model, llm.cache, chunk=llm.chunk, rows=settings.rows)
+        steps = llm.checkpoint.recorded(llm.model, llm.cache, settings.rows)
+        self.engine = Engine(llm.model, llm.cache, chunk=llm.chunk, rows=settings.rows, steps=steps)
         self._llms = [_of_row(llm, row.cache) for row in self.engine.rows]
         spare = range(settings.rows, settings.rows + settings.prefixes)
         self._prefixes = Prefixes([llm.cache.row(row) for row in spare], llm.chunk)
@@ -361,7 +362,7 @@ def busy_session(name: str) -> ApiError:
 def _of_row(llm: LLM, cache: Any) -> LLM:
     """An LLM over one row; several share a model."""
     one = copy(llm)
-    one.cache, one.owner, one.plan = cache, None, replace(llm.plan, rows=1)
+    one.cache, one.owner, one.plan, one.steps = cache, None, replace(llm.plan, rows=1), None  # the engine has them
     return one
 
 
