@@ -2,9 +2,10 @@
 
 A case is a number of rows and a context.  In each round every case gets an empty cache, reads `context` random tokens
 in every row (prefill, up to the likeliest next token) and then decodes `tokens` greedy ones, a step for all rows at a
-time, replayed where the backend records steps; then memory alone is read.  Rounds are interleaved, so that a busy moment hits every case.  What is reported are
-medians over rounds, but the best of memory, which others can only slow down.  A round before these warms up and is not
-counted; in it steps are taken apart (breakdown.py), and the peak of memory is noted.
+time, replayed where the backend records steps; then memory alone is read.  Rounds are interleaved, so that a busy
+moment hits every case.  What is reported are medians over rounds, but the best of memory, which others can only slow
+down.  A round before these warms up and is not counted; in it steps are taken apart (breakdown.py), and the peak of
+memory is noted.
 
 This module prints nothing, and must not know options (cli/bench.py).
 """
@@ -12,6 +13,7 @@ This module prints nothing, and must not know options (cli/bench.py).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -192,20 +194,21 @@ class Bench:
         return steps
 
     def _replay(self, recorded: Steps, cache: KVCache, token: Tensor) -> list[float]:
-        """`tokens` recorded steps after `token` [B, 1]: seconds from one that the host has read to the next.
+        """`tokens` recorded steps after `token` [B, 1]: seconds from when the host has read a token to the next.
 
         A step is launched before the host reads what it feeds, unless that pushes something out: as in ahead.py.
         """
-        rows, drawn = range(cache.rows), token[:, 0].split(1)
-        times = [now(self.device)]
-        for _ in range(self.tokens):
-            if cache.due:
-                recorded.fetch(drawn)()
-            logits = recorded.feed(rows, cache.feed_ahead(), drawn)  # [B, V]
-            cache.keep()
-            drawn = logits.argmax(-1).split(1)
+        rows, drawn, times = range(cache.rows), token[:, 0].split(1), list[float]()
+        for left in range(self.tokens, -1, -1):
             read = recorded.fetch(drawn)
-            ...
+            if cache.due:
+                read()
+            if left:
+                logits = recorded.feed(rows, cache.feed_ahead(), drawn)  # [B, V]
+                cache.keep()
+            read()
+            times.append(time.perf_counter())
+            drawn = logits.argmax(-1).split(1)
         return [after - before for before, after in pairwise(times)]
 
     def _take_apart(self, case: Case) -> dict[str, float]:
@@ -216,7 +219,12 @@ class Bench:
         self._decode(cache, token, unwatched)
         with watched(self.model) as spent:
             steps = self._decode(cache, token, self.tokens - unwatched)
-        return shares(spent, steps, cache)
+        return shares(spent, steps, cache, evict_ if self.checkpoint is None else self.checkpoint.evict_)
+
+    def _served_by(self, case: Case) -> dict[str, str]:
+        """See Figures.kernels."""
+        cache = case.plan.allocate(torch.device("meta"))
+        return {} if self.checkpoint is None else self.checkpoint.served_by(cache)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -237,7 +245,9 @@ def live_bytes(cache: KVCache) -> int:
     return slot * sum(int(cache.live(row).sum()) for row in range(cache.rows))
 
 
-def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth: float) -> Figures:
+def _figures(
+    case: Case, rounds: list[Round], parts: dict[str, float], served: dict[str, str], bandwidth: float
+) -> Figures:
     steps = sorted(step for measured in rounds for step in measured.steps)
     speed = median(measured.read / fmean(measured.steps) for measured in rounds)  # bytes per second
     return Figures(
@@ -253,6 +263,9 @@ def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth
         read_bytes_per_s=speed,
         of_bandwidth=speed / bandwidth,
         shares=parts,
+        graph_coverage=sum(measured.replayed for measured in rounds) / len(steps),
+        kernel_coverage=fmean(who == "triton" for who in served.values()) if served else None,
+        kernels=served,
     )
 
 

@@ -31,7 +31,6 @@ from .machine import now
 from .model import Attend, Transformer
 from .slots import LayerCache, LayerSlots, Span
 
-
 Evict = Callable[..., None]  # eviction.evict_, or what does the same
 
 
@@ -87,9 +86,9 @@ def shares(
 ) -> dict[str, float]:
     """What part of the time of watched steps went where; sums to 1.  The cache is of no use afterwards.
 
-    steps: seconds of the layers and of the output projection of each.  evict: the backend's own.  Worked example: in 32 steps of 20 ms, linears
-    took 512 ms and attention 96 ms, of which 3 ms were one eviction, which alone takes 2 ms and is due every 16 tokens:
-    attention is 94 ms, hashing 2 * 32 / 16 = 4 ms, and the rest 640 - 512 - 96 = 32 ms.
+    steps: seconds of the layers and of the output projection of each.  evict: the backend's own.  Worked example: in 32
+    steps of 20 ms, linears took 512 ms and attention 96 ms, of which 3 ms were one eviction, which alone takes 2 ms and
+    is due every 16 tokens: attention is 94 ms, hashing 2 * 32 / 16 = 4 ms, and the rest 640 - 512 - 96 = 32 ms.
     """
     layers, head = (sum(seconds) for seconds in zip(*steps, strict=True))
     parts = {"linears": spent.linears + head, "attention": spent.attend, "hashing": 0.0}

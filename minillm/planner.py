@@ -258,20 +258,30 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
     what is allocated for kernels, attention's parts or the order of slots; or else the logits before they are copied.
     Not counted, for nobody has measured it: how torch rounds what graphs allocate, and what a product needs beside.
     """
-    config, item, rows = plan.config, plan.dtype.itemsize, plan.rows
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    bits = sum(8 * kind.itemsize * shape[0] for shape, kind in plan.policy.slot_state(config).values() if shape)
-    kernels = 0
-    for retention in plan.retentions:
-        attend = heads * -(-retention.slots // CUT) * (dim + 2) * 4
-        evict = kv_heads * (8 * retention.slots + 4 * bits) if plan.evicts else 0
-        kernels = max(kernels, attend, evict)
-    layer = item * (3 * config.hidden_size + max(4 * (heads + kv_heads) * dim, 3 * config.intermediate_size))
+    config, item, dim = plan.config, plan.dtype.itemsize, plan.config.head_dim
+    heads = config.num_attention_heads + config.num_key_value_heads
+    stream, angles = item * 3 * config.hidden_size, 64 * dim
+    layer = item * max(4 * heads * dim, 3 * config.intermediate_size) + kernel_bytes(plan)
     logits = config.vocab_size * (item if item >= 4 else item + 4)
     return {
-        "buffers": rows * (3 * 8 + 4 * config.vocab_size),
-        "step": rows * max(layer + kernels + 64 * dim, logits),
+        "buffers": plan.rows * (3 * 8 + 4 * config.vocab_size),
+        "step": plan.rows * (stream + angles + max(layer, logits)),
     }
+
+
+def kernel_bytes(plan: CachePlan) -> int:
+    """What backends/triton.py allocates for the kernels of a layer and row, at most: either parts of the attention,
+    with their sums, or the order of all slots, with votes on the bits of their codes.
+    """
+    config, bits = plan.config, 0
+    for shape, kind in plan.policy.slot_state(config).values():
+        bits += 8 * kind.itemsize * sum(shape)
+    attend = config.num_attention_heads * (config.head_dim + 2) * 4  # of a cut
+    evict = config.num_key_value_heads
+    return max(
+        max(attend * -(-retention.slots // CUT), evict * (8 * retention.slots + 4 * bits) * plan.policy.evicts)
+        for retention in plan.retentions
+    )
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:
