@@ -128,6 +128,34 @@ def compare(
     same(*layers)
 
 
+def compare_block(
+    first: list[int], lengths: list[int], policy: str = "hashevict", *,
+    retention: Retention = Retention.of(16, sinks=2, recent=4, evict_every=3),  # noqa: B008
+    heads: tuple[int, int, int] = (4, 2, 16), pins: tuple[int, ...] = (), padding: int = 0, **options: object,
+) -> None:  # fmt: skip
+    """The same, several tokens of each row at a time: what a query sees between two evictions, and what stays."""
+    layers = [layer_of(policy, retention, heads=heads, rows=len(first), **options) for _ in range(2)]  # type: ignore[arg-type]
+    _, k, v = drawn(layers[0], heads[0], max(first), 99)
+    for layer in layers:
+        fill_(layer, k, v, first, pins)
+    for step, length in enumerate(lengths):
+        wide = length + padding
+        q, k, v = drawn(layers[0], heads[0], wide, 1000 + step)
+        now = [start + sum(lengths[:step]) for start in first]
+        host = torch.tensor(now)[:, None] + torch.arange(wide)  # [B, T]
+        host[:, length:] = -1
+        flags = torch.isin(host, torch.tensor(pins, dtype=torch.int64)).to(torch.uint8) if pins else None
+        q_far = None
+        if layers[0].far and max(now) + length > TRAINED:
+            q_far = torch.where((host >= TRAINED)[:, None, :, None].to(DEVICE), q.roll(1, 3), q)
+        on_device = None if flags is None else flags.to(DEVICE)
+        span = Span(host.to(DEVICE), host, tuple(now), length, on_device)
+        expected = reference.attend_(layers[0], q, k, v, span, q_far)
+        found = triton.attend_(layers[1], q, k, v, span, q_far)
+        torch.testing.assert_close(found, expected, rtol=CLOSE, atol=CLOSE)
+    same(*layers)
+
+
 def fill_(layer: LayerCache, k: Tensor, v: Tensor, first: list[int], pins: tuple[int, ...] = ()) -> None:
     """Tokens 0, 1, ..., so many in every row, in the slots of their positions: k, v [B, Hkv, n, D]."""
     for row, count in enumerate(first):
@@ -211,6 +239,68 @@ def test_many_slots_that_fill_no_block() -> None:
         expected = reference.attend_(layers[0], q, k, v, span_of(now))
         torch.testing.assert_close(triton.attend_(layers[1], q, k, v, span_of(now)), expected, rtol=CLOSE, atol=CLOSE)
     same(*layers)
+
+
+# --- blocks of tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", EVERY_RULE)
+def test_a_block_in_which_rows_evict_at_different_times(policy: str) -> None:
+    """A full row, one that fills on the way, one that does not; tokens come and go within the block; padding."""
+    compare_block([16, 11, 0], [9, 5], policy, heads=(2, 1, 16), padding=3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("policy", ["window", "hashevict-plus"])
+def test_a_block_by_how_often_it_evicts(policy: str, every: int) -> None:
+    """With evict_every = 1 and few recent tokens most of a block leaves again before it ends."""
+    compare_block([7], [16], policy, retention=Retention.of(8, sinks=1, recent=2, evict_every=every), heads=(2, 1, 16))
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 33])
+def test_a_block_from_an_empty_row(length: int) -> None:
+    compare_block([0], [length, 3], "hashevict-key")
+
+
+@pytest.mark.parametrize("policy", ["hashevict", "hashevict-plus"])
+def test_a_block_in_eight_bits(policy: str) -> None:
+    """What is carried out keeps its scales."""
+    compare_block([15], [9], policy, int8=True)
+
+
+@pytest.mark.parametrize("policy", EVERY_RULE)
+def test_a_block_under_a_sliding_window(policy: str) -> None:
+    compare_block([15, 5], [12], policy, window=9)
+
+
+@pytest.mark.parametrize("pins", [(), (1, 6, 7, 20)], ids=["", "pinned"])
+def test_a_block_asked_from_afar(pins: tuple[int, ...]) -> None:
+    """It begins before the trained length, and ends behind it."""
+    compare_block([14], [4, 9], "hashevict-plus", from_afar=True, pins=pins, int8=True)
+
+
+@pytest.mark.parametrize("bits", [24, 128])
+def test_a_block_by_bits(bits: int) -> None:
+    compare_block([16], [7], "hashevict", hash_bits=bits, heads=(6, 2, 24))
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "random"])
+def test_a_block_whose_victims_eviction_py_chooses(policy: str) -> None:
+    compare_block([14], [9], policy, padding=2)
+
+
+@pytest.mark.parametrize(("policy", "slots"), [("hashevict-plus", 120), ("window", 1100)])
+def test_more_at_once_than_a_kernel_takes(policy: str, slots: int) -> None:
+    """Over 32 go at once, over 64 queries attend, and over 1,024 slots are searched."""
+    retention = Retention.of(slots, sinks=4, recent=30, evict_every=40)
+    compare_block([slots - 10], [75], policy, retention=retention, heads=(2, 1, 16))
+
+
+def test_more_slots_than_victims_can_be_chosen_from() -> None:
+    """eviction.py does it then, and no step can be recorded."""
+    layer = layer_of("window", Retention.of(triton.MOST_SLOTS + 1), heads=(1, 1, 16))
+    assert triton.rule_of(layer) is None
+    assert not triton.serves_step(layer, torch.float32)
 
 
 # --- a whole model ----------------------------------------------------------------------------------------------------

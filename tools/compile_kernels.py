@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from minillm.backends import kernels, triton
+from minillm.backends import kernels, kernels_attend, triton
 from minillm.cache import KVCache
 from minillm.config import ModelConfig
 from minillm.eviction import Retention
@@ -25,7 +25,7 @@ from minillm.slots import Span
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-NAMES = ("hash_keys", "novelty", "evict", "write", "attend", "join")
+NAMES = {"enter": kernels, "attend": kernels_attend, "join": kernels_attend}
 CASES: list[tuple[str, str, dict[str, Any]]] = [  # shape of a model, policy, more
     ("llama-3.1-8b", "hashevict-plus", {}),
     ("llama-3.1-8b", "hashevict", {"hash_bits": 64}),
@@ -48,6 +48,7 @@ class Compiled:
         return self
 
     def __call__(self, *positional: Any, **named: Any) -> None:
+        options = {"num_warps": named.pop("num_warps", 4)}
         arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
         kinds, fixed, aligned = {}, {}, {}
         for at, parameter in enumerate(self.kernel.params):
@@ -60,19 +61,19 @@ class Compiled:
                 kinds[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         for capability in self.capabilities:
             source = ASTSource(self.kernel, kinds, fixed, aligned)
-            made = compile(source, target=GPUTarget("cuda", capability, 32))
+            made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             size, shared = len(made.asm["cubin"]), made.metadata.shared
             print(f"  {self.kernel.__name__:10} sm_{capability}  {size:9,} bytes of code  {shared:7,} of shared memory")
 
 
-def step(config: ModelConfig, policy: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
-    """One token of two rows through a layer on the CPU: everything of it but the kernels."""
+def step(config: ModelConfig, policy: str, tokens: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+    """Tokens of two rows through a layer on the CPU: everything of it but the kernels."""
     cache_options = {name: options.pop(name) for name in ("int8", "position_mode") if name in options}
     cache = KVCache(config, make_policy(policy, **options), Retention.of(512), rows=2, dtype=dtype, **cache_options)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q, k = (torch.zeros(2, count, 1, dim, dtype=dtype) for count in (heads, kv_heads))
-    at = torch.tensor([[600], [3]])
-    triton.attend_(cache.layers[0], q, k, k, Span(at, at, (600, 3), 1), q)
+    q, k = (torch.zeros(2, count, tokens, dim, dtype=dtype) for count in (heads, kv_heads))
+    at = torch.tensor([[600], [3]]) + torch.arange(tokens)  # [2, T]
+    triton.attend_(cache.layers[0], q, k, k, Span(at, at, (600, 3), tokens), q)
 
 
 def main() -> None:
@@ -81,11 +82,13 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="80 = A100, 90 = H100")
     parser.add_argument("--all", action="store_true", help="more dtypes and options; takes a minute or two")
     args = parser.parse_args()
-    for name in NAMES:
-        setattr(kernels, name, Compiled(vars(kernels)[name], args.capability))
+    for name, module in NAMES.items():
+        setattr(module, name, Compiled(vars(module)[name], args.capability))
     for shape, policy, options in CASES + (MORE if args.all else []):
         print(shape, policy, *(f"{name}={value}" for name, value in options.items()))
-        step(shape_config(shape, 1), policy, **options)
+        for tokens in (1, 256):
+            print(f" {tokens} token{'s' * (tokens > 1)}")
+            step(shape_config(shape, 1), policy, tokens, **dict(options))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ decode, other dtypes - is the reference's.  Nothing here has state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,23 +29,8 @@ def attend_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
         return reference.attend_(layer, q, k, v, span, q_far)
     if q_far is not None and not layer.far:
         q_far = None
-    return by_stretches_(layer, q, k, v, span, q_far, query_block(layer, span, q_far), evict_, attend_slots)
-
-
-def by_stretches_(
-    layer: LayerCache,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Span,
-    q_far: Tensor | None,
-    block: int,
-    evict_: Callable[..., None],
-    attend_slots: Callable[[LayerCache, Tensor, Span, int, int, Tensor | None], Tensor],
-) -> Tensor:
-    """The same, `block` tokens at most together, with a backend's own way to evict and to attend over slots."""
     result = None  # [B, H, T, D]: whole before its pieces come, which would keep the heap from reuse between them
-    for start, stop, evict, settle in layer.stretches(span, block):
+    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span, q_far)):
         queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
         if evict:
             evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)

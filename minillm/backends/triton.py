@@ -1,39 +1,41 @@
-"""The GPU backend: one token a row in a few launches, whatever the rows are doing, and nothing asked of the host.
+"""The GPU backend: tokens enter a layer's slots, and attend, in three launches, and nothing is asked of the host.
 
-    hash_keys or novelty   what the policy keeps beside the keys that came since the last eviction
-    evict                  which tokens go, of every row and KV head that has no slot free
-    write                  the token into its slot
-    attend, join           attention over cuts of the slots, and the cuts put together
+    enter     for each KV head of each row: tags keys, chooses victims, writes tokens, in the order of the tokens.  What
+              has left between two of them is carried out, with the position from which on nobody sees it
+    attend    attention over cuts of the slots, and over what was carried out
+    join      the cuts put together
 
-A program (kernels.py) belongs to one KV head of one row: it loads that row's position, and leaves at once where nothing
-is to do.  So rows may be in different phases, and no bit of one depends on its neighbours.  Stretches of prompts go
-through torch's fused attention.  The rest is the reference's: policies that watch attention weights, float64, prompts
-that ask from afar; policies without a kernel choose their victims in eviction.py.  Nothing here has state.
+So a chunk of a prompt is one call of attention however often it evicts: a query sees what was born before it and has
+not died yet, as it would if tokens came one by one.  A program (kernels.py, kernels_attend.py) belongs to one KV head
+of one row: rows may be in different phases, and no bit of one depends on its neighbours.
+
+The rest is the reference's: policies that watch attention weights, and float64.  For policies without a kernel
+eviction.py chooses, and stretches between evictions attend one by one.  Nothing here has state.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import eviction
-from ..eviction import EvictionPolicy
+from ..eviction import evict_
 from ..policies.hashevict import HashEvict, HashEvictKey
 from ..policies.hashevict_plus import HashEvictPlus
 from ..policies.window import Window
 from ..slots import LayerCache, LayerRows, LayerSlots, Span
-from . import cpu, kernels, reference
+from . import kernels, kernels_attend, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
-TAGGED = 32  # keys that are tagged at a time
-ORDERED, SEARCHED = 4096, 1024  # bits of codes that are compared at a time, and slots that are searched for a victim
+CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
+ORDERED, SEARCHED = 4096, 1024  # bits of codes that are compared at a time, and slots that are searched for victims
+MOST_SLOTS, MOST_SCORE = 1 << 16, (1 << 15) - 2  # what `choose` has bits for
 
 
 def missing(device: torch.device) -> str | None:
@@ -43,134 +45,158 @@ def missing(device: torch.device) -> str | None:
     return f"its kernels run on CUDA, and on a CPU under TRITON_INTERPRET=1 alone, for tests; not on {device.type}"
 
 
-def rule_of(policy: EvictionPolicy) -> int | None:
-    """By what a kernel evicts for this policy; None where eviction.py does."""
-    kind = type(policy)
+def rule_of(layer: LayerCache) -> int | None:
+    """By what a kernel chooses victims here; None where eviction.py does."""
+    policy, kind = layer.policy, type(layer.policy)
+    if not policy.evicts:
+        return int(kernels.NOBODY.value)
+    if layer.retention.slots > MOST_SLOTS:
+        return None
     if isinstance(policy, HashEvict) and kind in (HashEvict, HashEvictKey):
         plain = not (policy.centred or policy.norm_weighted or policy.needs_queries)
-        return kernels.HASH.value if plain else None
-    return {Window: kernels.AGE.value, HashEvictPlus: kernels.NOVELTY.value}.get(kind)
+        return int(kernels.HASH.value) if plain else None
+    return {Window: int(kernels.AGE.value), HashEvictPlus: int(kernels.NOVELTY.value)}.get(kind)
 
 
 def serves_attention(layer: LayerCache, dtype: torch.dtype) -> bool:
-    """Whether `attend_one` serves this layer's slots."""
+    """Whether `attend_slots` serves this layer's slots."""
     return dtype in DTYPES and layer.keys.shape[3] <= WIDEST and not layer.policy.needs_attention
 
 
 def serves_step(layer: LayerCache, dtype: torch.dtype) -> bool:
-    """Whether one token a row passes this layer in kernels alone: only then can a step be recorded (graph.py)."""
-    evicts = not layer.policy.evicts or rule_of(layer.policy) is not None
-    return evicts and serves_attention(layer, dtype)
+    """Whether tokens pass this layer in kernels alone: only then can a step be recorded (graph.py)."""
+    return rule_of(layer) is not None and serves_attention(layer, dtype)
+
+
+class Gone(NamedTuple):
+    """What left a layer's slots while the tokens of a span entered, `most` entries for each of its KV heads at most.
+
+    scales as in slots.py.  An entry was seen by queries before its death.
+    """
+
+    keys: Tensor  # [B, Hkv, most, D]
+    values: Tensor  # [B, Hkv, most, D]
+    scales: Tensor | None  # [B, Hkv, most, 2] float32
+    positions: Tensor  # [B, Hkv, most] int32
+    deaths: Tensor  # [B, Hkv, most] int32
+    left: Tensor  # [B, Hkv] int32: how many
+
+    @classmethod
+    def room_for(cls, layer: LayerCache, rows: int, tokens: int) -> Gone:
+        """Room for what so many tokens of so many rows may push out: nothing is written yet."""
+        every = layer.retention.evict_every
+        heads, dim = layer.keys.shape[1], layer.keys.shape[3]
+        shape = (rows, heads, ((tokens - 1) // every + 1) * every)  # [B, Hkv, most]
+        return cls(
+            layer.keys.new_empty(*shape, dim),
+            layer.values.new_empty(*shape, dim),
+            None if layer.scales is None else layer.scales.new_empty(*shape, 2),
+            layer.positions.new_empty(shape),
+            layer.positions.new_empty(shape),
+            layer.positions.new_zeros(rows, heads),
+        )
 
 
 def attend_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_far: Tensor | None = None) -> Tensor:
     """What `reference.attend_` does, with its arguments, effects and result."""
     whole, _ = _parts(layer)
     q_far = q_far if whole.far else None
-    if q.shape[2] == 1 and serves_step(whole, q.dtype):
-        now = span.positions[:, 0]  # [B]
-        evict_(layer, q[:, :, 0], k[:, :, 0], now)
-        write_(layer, k, v, span)
-        return attend_one(layer, q, now, q_far)
+    if serves_step(whole, q.dtype):
+        return attend_slots(layer, q, span.positions, q_far, enter_(layer, q, k, v, span))
     if isinstance(layer, LayerRows):
         return layer.each(attend_, q, k, v, span, q_far)
     if not serves_attention(layer, q.dtype):
         return reference.attend_(layer, q, k, v, span, q_far)
-    block = cpu.query_block(layer, span, None) if q_far is None else layer.query_block
-    return cpu.by_stretches_(layer, q, k, v, span, q_far, block, evict_, attend_slots)
+    result = torch.zeros_like(q)  # [B, H, T, D]; padding gives zeros
+    for start, stop, evict, settle in layer.stretches(span, q.shape[2]):
+        queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
+        if evict:
+            evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
+        layer.write_(k[:, :, start:stop], v[:, :, start:stop], span, start, stop)
+        far = None if q_far is None else q_far[:, :, start:stop]
+        result[:, :, start:stop] = attend_slots(layer, queries, positions, far)
+        if layer.policy.needs_queries:
+            layer.policy.observe_queries_(layer, queries, positions)
+    return result
 
 
-def attend_slots(layer: LayerCache, q: Tensor, span: Span, start: int, stop: int, q_far: Tensor | None) -> Tensor:
-    """Queries q [B, H, n, D] of the tokens start..stop of a span over a layer's slots -> [B, H, n, D]."""
-    positions = span.positions[:, start:stop]  # [B, n]
-    if stop - start == 1:
-        return attend_one(layer, q, positions[:, 0], q_far)
-    if q_far is not None:
-        return reference.attend_slots(layer, q, positions, layer.reach(span, stop), q_far)
-    return cpu.attend_many(layer, q, span, start, stop, None)
+def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Gone | None:
+    """Let tokens into a layer's slots: evict, write, evict, write, ...; what has left meanwhile.
 
-
-def evict_(layer: LayerSlots, query: Tensor, key: Tensor, now: Tensor, *, settle: bool = True) -> None:
-    """What `eviction.evict_` does; where a kernel does it, each row finds out for itself what is due."""
+    q [B, H, T, D], k and v [B, Hkv, T, D], a row's tokens at consecutive positions, or at -1 where nothing is to
+    happen.  Of one token no query sees what it pushed out: None.
+    """
     whole, rows = _parts(layer)
-    policy, state, rule = whole.policy, whole.state, rule_of(whole.policy)
-    if rule is None and policy.evicts:
-        assert isinstance(layer, LayerCache), "rows are evicted for one by one"
-        eviction.evict_(layer, query, key, now, settle=settle)
-    if rule is None:
-        return
-    kv_heads, slots, dim = whole.keys.shape[1:]
-    lines, every, now = len(now) * kv_heads, whole.retention.evict_every, now.contiguous()
-    sizes, bits = (kv_heads, slots, every), 1
-    tags = votes = now  # what is never read
+    policy, state, rule = whole.policy, whole.state, rule_of(whole)
+    assert rule is not None, "eviction.py chooses for this policy"
+    (batch, kv_heads, tokens, dim), slots, every = k.shape, whole.retention.slots, whole.retention.evict_every
+    lines, now, bits, decay = batch * kv_heads, span.positions.contiguous(), 1, 1.0
+    judge = tags = projection = votes = totals = now  # what is never read
     if isinstance(policy, HashEvict):
-        judge = (key if isinstance(policy, HashEvictKey) else query).contiguous()  # [B, G * Hkv, D]
-        group, bits = judge.shape[1] // kv_heads, policy.hash_bits
+        bits, projection = policy.hash_bits, state["projection"]
+        judge = (k if isinstance(policy, HashEvictKey) else q).contiguous()  # [B, G * Hkv, T, D]
         tags = state["codes"].view(torch.uint8)  # [B, Hkv, S, bytes]: bit p is bit p % 8 of byte p // 8
         votes = torch.empty(lines, bits, device=now.device)  # [B * Hkv, P]
-        kernels.hash_keys[(lines, triton.cdiv(slots, TAGGED) + 1)](
-            *(whole.keys, whole.scales, tags, state["projection"], judge, votes, whole.free, rows, now),
-            *(*sizes, dim, bits, tags.shape[3], group),
-            PER_HEAD=policy.per_head,
-            GROUP=_padded(group),
-            DIM=_padded(dim),
-            BLOCK=TAGGED,
-        )
     elif isinstance(policy, HashEvictPlus):
-        tags = state["novelty"]  # [B, Hkv, S]
-        kernels.novelty[(lines,)](
-            *(whole.keys, whole.scales, tags, state["total"], whole.free, rows, now),
-            *(*sizes, dim),
-            DECAY=policy.decay,
-            LOG_DECAY=math.log2(policy.decay),
-            DIM=_padded(dim),
-            BLOCK=TAGGED,
-        )
-    orders = torch.empty(lines, slots, dtype=torch.int64, device=now.device)  # [B * Hkv, S]
-    kernels.evict[(lines,)](
-        *(whole.positions, whole.flags, tags, votes, orders, whole.free, rows, now),
-        *(*sizes, _window(whole), whole.retention.sinks, whole.retention.recent, bits, tags.shape[-1]),
+        tags, totals, decay = state["novelty"], state["total"], policy.decay  # [B, Hkv, S], [B, Hkv, D]
+    evicts = policy.evicts
+    orders = torch.empty(lines, slots if evicts else 0, dtype=torch.int64, device=now.device)  # [B * Hkv, S]
+    # Where the host knows that nothing is evicted, nothing has to be carried out.
+    keeps = evicts and tokens > 1 and span.may_pass(slots)
+    gone = Gone.room_for(whole, batch, tokens) if keeps else None
+    judges = max(1, judge.shape[1] // kv_heads) if isinstance(policy, HashEvict) else 1
+    many = _padded(every)
+    kernels.enter[(lines,)](
+        *(judge, k.contiguous(), v.contiguous(), span.flags, whole.keys, whole.values, whole.scales),
+        *(whole.positions, whole.flags, whole.free, rows, now, tags, projection, votes, totals, orders),
+        *((None,) * 6 if gone is None else gone),
+        *(kv_heads, slots, every, dim, judges, tokens, span.length, 0 if gone is None else gone.keys.shape[2]),
+        *(_window(whole), whole.retention.sinks, whole.retention.recent, bits, tags.shape[-1]),
         RULE=rule,
         FAR=whole.far,
+        PER_HEAD=isinstance(policy, HashEvict) and policy.per_head,
+        LOG_DECAY=math.log2(decay),
+        GROUP=_padded(judges),
+        DIM=_padded(dim),
         BITS=_padded(bits),
         BLOCK=min(128, max(1, ORDERED // _padded(bits))),
-        WIDE=min(SEARCHED, _padded(slots)),
+        WIDE=max(many, min(SEARCHED, _padded(slots))),
+        K=many,
+        num_warps=8,
     )
+    return gone
 
 
-def write_(layer: LayerSlots, k: Tensor, v: Tensor, span: Span) -> None:
-    """What `LayerCache.write_` does with one token a row: k and v [B, Hkv, 1, D].  Rows at -1 write nothing."""
+def attend_slots(
+    layer: LayerSlots, q: Tensor, positions: Tensor, q_far: Tensor | None, gone: Gone | None = None
+) -> Tensor:
+    """Queries q, q_far [B, H, n, D] at positions [B, n] over a layer's slots, and over what has left while the last
+    of them entered -> [B, H, n, D]; at -1: zeros.
+    """
     whole, rows = _parts(layer)
-    kv_heads, slots, dim = whole.keys.shape[1:]
-    kernels.write[(k.shape[0] * kv_heads,)](
-        *(k.contiguous(), v.contiguous(), whole.keys, whole.values, whole.scales, whole.positions),
-        *(whole.flags, span.flags, whole.free, rows, span.positions),
-        *(kv_heads, slots, whole.retention.evict_every, dim),
-        DIM=_padded(dim),
-    )
-
-
-def attend_one(layer: LayerSlots, q: Tensor, now: Tensor, q_far: Tensor | None) -> Tensor:
-    """Queries q, q_far [B, H, 1, D] at positions now [B] over a layer's slots -> [B, H, 1, D]; at -1: zeros."""
-    whole, rows = _parts(layer)
-    (batch, heads, _, dim), (kv_heads, slots) = q.shape, whole.positions.shape[1:]
-    cuts, group = triton.cdiv(slots, CUT), heads // kv_heads
-    block = BLOCK if _padded(dim) * q.element_size() <= 512 else BLOCK // 2  # keys and values lie in shared memory
-    parts = torch.empty(batch * heads, cuts, dim, device=q.device)  # [B * H, cuts, D]
-    sums = torch.empty(batch * heads, cuts, 2, device=q.device)  # [B * H, cuts, 2]
-    kernels.attend[(batch * kv_heads, cuts)](
+    (batch, heads, tokens, dim), (kv_heads, slots) = q.shape, whole.positions.shape[1:]
+    cut, group = CUT if tokens == 1 else CUT_MANY, heads // kv_heads
+    narrow = _padded(dim) * q.element_size() <= 512  # queries, keys and values lie in shared memory
+    tile, block = _padded(group) if tokens == 1 else (TILE if narrow else TILE // 2), BLOCK if narrow else BLOCK // 2
+    asked, cuts = batch * heads * tokens, triton.cdiv(slots, cut)
+    parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
+    sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
+    kernels_attend.attend[(batch * kv_heads, cuts, triton.cdiv(group * tokens, tile))](
         *(q.contiguous(), None if q_far is None else q_far.contiguous(), whole.keys, whole.values, whole.scales),
-        *(whole.positions, whole.flags, rows, now.contiguous(), parts, sums),
-        *(kv_heads, slots, dim, group, cuts, _window(whole), whole.retention.sinks, dim**-0.5),
+        *(whole.positions, whole.flags, *((None,) * 6 if gone is None else gone)),
+        *(rows, positions.contiguous(), parts, sums),
+        *(kv_heads, slots, dim, group, tokens, cuts, 0 if gone is None else gone.keys.shape[2]),
+        *(_window(whole), whole.retention.sinks, dim**-0.5),
         FAR=whole.far,
-        GROUP=_padded(group),
+        TILE=tile,
         DIM=_padded(dim),
-        CUT=CUT,
+        CUT=cut,
         BLOCK=block,
         MATH=_number_kind(q.dtype),
+        num_warps=4 if tokens == 1 else 8,
     )
-    out = q.new_empty(q.shape)  # [B, H, 1, D]
-    kernels.join[(batch * heads,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [B, H, n, D]
+    kernels_attend.join[(asked,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
     return out
 
 
