@@ -4,7 +4,7 @@
     attention   by a watch on `attend`, less the evictions in it; what a policy observes of every token belongs to it
     hashing     the backend's `evict_`, which tags the keys since the last eviction and chooses victims: run alone on
                 the same cache afterwards and spread over the `evict_every` tokens that share it; 0 while nothing has
-                been evicted
+                been evicted.  Triton's kernel writes the token with it
     rest        norms, rotary positions, gates, the embedding, Python, and what watching itself costs
 
 Watching costs time, so what is watched here is timed by nobody else (bench.py).  And it is Python that is watched:

@@ -230,7 +230,7 @@ class Checkpoint:
             return eviction.evict_
         from .backends import triton
 
-        return triton.evict_
+        return triton.evict_one_
 
     def served_by(self, cache: KVCache) -> dict[str, str]:
         """Who evicts, writes and attends in a decode step: "triton" or "torch"; nothing for other backends."""

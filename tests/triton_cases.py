@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import LLM
 from minillm.ahead import generate_ahead
-from minillm.backends import kernels, reference, triton
+from minillm.backends import kernels, kernels_attend, reference, triton
 from minillm.backends.graph import Eager, Steps, recorder_for, refusal
 from minillm.budget import CachePlan
 from minillm.cache import CacheRows, KVCache, PositionMode
@@ -426,19 +426,28 @@ def test_rows_that_come_and_go(mode: PositionMode) -> None:
 
 
 class Pair:
-    """A model by the kernels; the same sequence by generate.py, and by recorded steps."""
+    """The same sequence by generate.py and by recorded steps, the kernels in both; 17 tokens are read already."""
 
-    def __init__(self, policy: str, **options: Any) -> None:
-        self.model = on_triton(model_of(tiny_config(num_hidden_layers=1, max_position_embeddings=20)))
-        self.caches = [cache_of(self.model, policy, slots=16, evict_every=3, **options) for _ in range(2)]
+    def __init__(self, policy: str) -> None:
+        config = tiny_config(num_hidden_layers=1, max_position_embeddings=20)
+        self.model = on_triton(model_of(config))
+        options: dict[str, Any] = {"slots": 16, "evict_every": 3, "position_mode": "window"}
+        self.begun, *self.caches = (cache_of(self.model, policy, **options) for _ in range(3))
+        read_prompt(model_of(config), self.begun, 17)
         self.steps = steps_of(self.model, self.caches[1])
 
-    def tell(self, prompt: Tensor, count: int, **rules: Any) -> list[int]:
+    def tell(self, count: int, *, again: bool = True, **rules: Any) -> list[int]:
         """The same answer from both, of which `count` tokens are looked at; then the caches are the same, too."""
         told, rules = [], {"seed": 1, "temperature": 0.9, "ignore_eos": True, **rules}
         for cache in self.caches:
-            sampler = Sampler(SamplingParams(**rules), 97, 97, (2,), DEVICE)
-            arguments: Any = (self.model, cache, prompt, sampler)
+            if again:
+                cache.copy_(self.begun)
+            arguments: Any = (
+                self.model,
+                cache,
+                torch.tensor([9]),
+                Sampler(SamplingParams(**rules), 97, 97, (2,), DEVICE),
+            )
             ahead = cache is self.caches[1]
             samples = (
                 generate_ahead(self.steps, *arguments, max_tokens=99) if ahead else generate(*arguments, max_tokens=99)
@@ -452,22 +461,21 @@ class Pair:
             live = layer.positions >= 0
             for name in ("positions", "free", *layer.state):
                 assert torch.equal(layer.tensors()[name], other.tensors()[name]), name
-            assert torch.equal(layer.keys[live], other.keys[live])
-            assert torch.equal(layer.flags[live], other.flags[live])
+            for name in ("keys", "values", "flags"):
+                assert torch.equal(layer.tensors()[name][live], other.tensors()[name][live]), name
         return [sample.token_id for sample in told[0]]
 
 
 @pytest.mark.parametrize("policy", EVERY_RULE)
 def test_an_answer_may_end_at_any_token(policy: str) -> None:
     """By a stop token, or because nobody listens, in every phase of evict_every; and the sequence goes on."""
-    prompt = torch.arange(18) + 7
-    ids = Pair(policy, position_mode="window").tell(prompt, 5)
-    for last in (1, 2, 3):  # the second one fed pushes others out
+    pair = Pair(policy)
+    ids = pair.tell(5)  # at positions 18 to 22: the second one pushes others out
+    for last in (1, 2, 3):
         for stop in ((), (ids[last],)):
-            pair = Pair(policy, position_mode="window")
-            told = pair.tell(prompt, 99 if stop else last, stop_token_ids=stop)
+            told = pair.tell(99 if stop else last, stop_token_ids=stop)
             assert told == ids[: ids.index(ids[last]) + 1 if stop else last]
-            pair.tell(torch.tensor([5]), 1)
+            pair.tell(1, again=False)
 
 
 def test_an_engine_replays_what_it_draws() -> None:
@@ -475,9 +483,8 @@ def test_an_engine_replays_what_it_draws() -> None:
     model = on_triton(model_of(tiny_config(vocab_size=VOCAB)))
     cache = cache_for(model, "hashevict-plus", 3, slots=16)
     engine = Engine(model, cache, chunk=16, rows=2, steps=Steps(model, cache, Eager(), rows=2, fewest=2))
-    jobs = [job(n, length, max_tokens=7 + n, start_at=2 * n) for n, length in enumerate((13, 5, 20))]
-    left = job(9, 3, leave_after=3)
-    run_jobs(engine, [jobs[0], left, *jobs[1:]])
+    jobs = [job(n, length, max_tokens=6 - n, start_at=2 * n) for n, length in enumerate((14, 2, 3))]
+    run_jobs(engine, [jobs[0], job(9, 3, leave_after=2), *jobs[1:]])
     for one in jobs:
         assert one.ids == alone(model, "hashevict-plus", one, 16, slots=16)
 
@@ -486,20 +493,20 @@ def test_an_engine_replays_what_it_draws() -> None:
 def test_a_session_is_told_saved_and_copied_as_ever(policy: str, tmp_path: Path) -> None:
     """By the front door: text, usage, and the very bytes of a saved session; a copy has recordings of its own."""
     options: dict[str, Any] = {"backend": "triton", "dtype": "float32", "device": DEVICE.type, "policy": policy}
-    llm = LLM.load(str(write_checkpoint(tmp_path / "tiny")), budget=16, **options)
+    llm = LLM.load(str(write_checkpoint(tmp_path / "tiny")), budget=12, evict_every=3, **options)
     assert (llm.steps is not None) == (policy == "hashevict-plus")
     other, told = LLM(llm.checkpoint, llm.model, llm.plan), []
     other.steps = None
     for number, one in enumerate((llm, other)):
         session = one.session(seed=3, temperature=0.7, ignore_eos=True)
-        stream = session.generate("The big dog, who", max_tokens=9, stop=("zz",))
+        stream = session.generate("the mat and", max_tokens=9, stop=("zz",))
         first = [next(stream), next(stream)]
         session.save(tmp_path / f"{number}.half")  # while it is being told
         first += list(stream)
         session.save(tmp_path / f"{number}.whole")
         copy = session.fork()
         assert copy.llm.steps is None or copy.llm.steps is not one.steps
-        more = [one.generate(max_tokens=3).finish() for one in (copy, session)]
+        more = [one.generate(max_tokens=2).finish() for one in (copy, session)]
         assert more[0].token_ids == more[1].token_ids
         told.append((first, stream.result.token_ids, stream.result.usage, more[1].token_ids, more[1].usage))
     assert told[0] == told[1]
@@ -574,9 +581,8 @@ def test_recordings_hold_what_the_plan_says(policy: str, monkeypatch: pytest.Mon
 
     Nothing is launched: the interpreter would copy what it is given.
     """
-    kind = type(kernels.attend)
-    for name in [name for name, value in vars(kernels).items() if isinstance(value, kind)]:
-        monkeypatch.setattr(kernels, name, defaultdict(lambda: lambda *_, **__: None))
+    for module, name in ((kernels, "enter"), (kernels_attend, "attend"), (kernels_attend, "join")):
+        monkeypatch.setattr(module, name, defaultdict(lambda: lambda *_, **__: None))
     config = tiny_config(vocab_size=2000, head_dim=32)
     for dtype, rows, slots in product((torch.float32, torch.bfloat16), (1, 5), (40, 600)):
         budget = None if policy == "full" else slots
@@ -588,12 +594,12 @@ def test_recordings_hold_what_the_plan_says(policy: str, monkeypatch: pytest.Mon
             steps._step(rows)
         assert living.most <= planned["step"], (dtype, rows, slots)
         q, k = (torch.randn(rows, heads, 1, 32, device=DEVICE, dtype=dtype) for heads in (4, 2))
-        now = torch.full((rows,), -1, device=DEVICE)
+        now = torch.full((rows, 1), -1, device=DEVICE)
         with torch.inference_mode(), Living() as living:
-            triton.attend_one(cache.layers[0], q, now, None)
+            triton.attend_slots(cache.layers[0], q, now, None)
         attending = living.most - q.nbytes  # the result is one of the numbers of a layer
         with torch.inference_mode(), Living() as living:
-            triton.evict_(cache.layers[0], q[:, :, 0], k[:, :, 0], now)
+            triton.enter_(cache.layers[0], q, k, k, Span(now, now, (), 1))
         assert max(attending, living.most) == kernel_bytes(plan) * rows, (dtype, rows, slots)
 
 
@@ -608,8 +614,8 @@ def test_a_benchmark_says_what_was_replayed(
 ) -> None:
     monkeypatch.setattr("minillm.machine.BUFFER_NUMBERS", 1 << 16)
     options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy, "--rows", "2"]
-    options += ["--model", str(write_checkpoint(tmp_path / "tiny"))]
-    assert main(["bench", "--context", "20", "--budget", "16", "--tokens", "3", "--rounds", "1", *options]) == 0
+    options += ["--model", str(write_checkpoint(tmp_path / "tiny")), "--tokens", "2"]
+    assert main(["bench", "--context", "9", "--budget", "8", "--rounds", "1", *options]) == 0
     told = capsys.readouterr().out.splitlines()
     assert any(f"{replayed:.0%} of decode steps were replayed" in line for line in told)
     case = json.loads(told[-1])["cases"][0]

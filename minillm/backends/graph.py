@@ -192,13 +192,11 @@ def refusal(cache: KVCache, dtype: torch.dtype) -> str | None:
 def served_by(cache: KVCache, dtype: torch.dtype) -> dict[str, str]:
     """Who evicts, writes and attends in a step of one token computed in dtype: "triton", or else "torch".
 
-    All layers are alike in what decides it: policy, dtype and width of a head.
+    Of the layer with the most slots; all are alike in what else decides it: policy, dtype and width of a head.
     """
     from . import triton
 
-    layer = cache.layers[0]
-    attends = triton.serves_attention(layer, dtype)
-    evicts = not layer.policy.evicts or triton.rule_of(layer.policy) is not None
+    layer = max(cache.layers, key=lambda layer: layer.retention.slots)
     whole = triton.serves_step(layer, dtype)
-    served = {"eviction": attends and evicts, "write": whole, "attention": attends}
+    served = {"eviction": whole, "write": whole, "attention": triton.serves_attention(layer, dtype)}
     return {what: "triton" if kernels else "torch" for what, kernels in served.items()}
