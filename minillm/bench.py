@@ -57,7 +57,7 @@ class Figures:
     that was, as a share of the fastest that this memory was seen to be read.  shares: of a step's time, by part, where
     no step is replayed.  graph_coverage: the share of the measured steps that were replayed recordings.  kernels: who
     evicts, writes and attends in every layer of them, "triton" or "torch"; kernel_coverage: the share of "triton" in
-    it.  Nothing, and None, for other backends.
+    it.  None, and nothing, where the backend has neither.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class Figures:
     read_bytes_per_s: float
     of_bandwidth: float
     shares: dict[str, float]
-    graph_coverage: float
+    graph_coverage: float | None
     kernel_coverage: float | None
     kernels: dict[str, str]
 
@@ -158,8 +158,7 @@ class Bench:
 
     def _round(self, case: Case) -> Round:
         cache, token, seconds = self._prefill(case)
-        recorded = None if self.checkpoint is None else self.checkpoint.recorded(self.model, cache)
-        before = live_bytes(cache)
+        recorded, before = self._recorded(cache), live_bytes(cache)
         if recorded is None:
             steps = [layers + head for layers, head in self._decode(cache, token, self.tokens)]
         else:
@@ -215,11 +214,17 @@ class Bench:
         """Shares of the time of a decode step, see breakdown.py."""
         trim()  # what the case before has left
         cache, token, _ = self._prefill(case)
+        recorded = self._recorded(cache)  # for the peak of memory: Python cannot look into it
         unwatched = min(UNWATCHED, self.tokens - 1)
         self._decode(cache, token, unwatched)
         with watched(self.model) as spent:
             steps = self._decode(cache, token, self.tokens - unwatched)
+        del recorded
         return shares(spent, steps, cache, evict_ if self.checkpoint is None else self.checkpoint.evict_)
+
+    def _recorded(self, cache: KVCache) -> Steps | None:
+        """The steps of all rows as recordings, where the backend makes them."""
+        return None if self.checkpoint is None else self.checkpoint.recorded(self.model, cache)
 
     def _served_by(self, case: Case) -> dict[str, str]:
         """See Figures.kernels."""
@@ -263,7 +268,7 @@ def _figures(
         read_bytes_per_s=speed,
         of_bandwidth=speed / bandwidth,
         shares=parts,
-        graph_coverage=sum(measured.replayed for measured in rounds) / len(steps),
+        graph_coverage=sum(measured.replayed for measured in rounds) / len(steps) if served else None,
         kernel_coverage=fmean(who == "triton" for who in served.values()) if served else None,
         kernels=served,
     )

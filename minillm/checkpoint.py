@@ -17,7 +17,7 @@ import torch
 
 from . import eviction, fingerprint, hub, inventory, loader
 from .answer import LOGIT_ROWS
-from .backends import native
+from .backends import linear_cuda, native
 from .backends.linear import has_int8
 from .budget import Budget, CachePlan
 from .cache import KVCache
@@ -83,7 +83,7 @@ class Checkpoint:
         config = team.part_of(loader.read_config(folder))
         kind = loader.choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
-        scheme = choose_scheme(weights, config, chosen)
+        scheme = choose_scheme(weights, config, chosen, place)
         return cls(name, folder, config, kind, place, offline, scheme, chosen, team)
 
     @cached_property
@@ -179,7 +179,9 @@ class Checkpoint:
         absent = not inventory.has_weights(self.folder)
         remote = hub.remote_tensors(self.name, self.folder) if absent and not self.offline else None
         fusion = Fusion(self.dtype, self.scheme) if self.backend == "cpu" else None
-        return inventory.weights_of(self.folder, self.config, remote, fusion, self.scheme)
+        return inventory.weights_of(
+            self.folder, self.config, remote, fusion, self.scheme, dtype=self.dtype, device=self.device
+        )
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Read the weights; `progress(bytes read, bytes in all)` follows every tensor."""
@@ -251,9 +253,10 @@ class Checkpoint:
         return self.weights.nbytes(self.dtype)
 
 
-def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme | None:
+def choose_scheme(requested: str, config: ModelConfig, backend: str, device: torch.device) -> Scheme | None:
     """The scheme of the weights: as asked for, or as stored; int8-a16 for int8 where nobody rounds activations.
 
+    Those are rounded by the CPU backend, and by any other on a CUDA device that linear_cuda.py serves.
     Raises ConfigError where the two cannot go together.
     """
     stored = config.stored_scheme
@@ -267,7 +270,7 @@ def choose_scheme(requested: str, config: ModelConfig, backend: str) -> Scheme |
             f"--weights {requested} was asked for, but the checkpoint is stored as {stored}; name the one that it was "
             "made from"
         )
-    rounds = backend == "cpu" and has_int8()
+    rounds = has_int8() if backend == "cpu" else linear_cuda.missing(device) is None
     return Scheme("int8-a16") if scheme.rounds_activations and not rounds else scheme
 
 

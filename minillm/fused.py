@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .backends import cpu, native
-from .backends.linear import DenseLinear, Linear, make_linear, quantise
+from .backends import cpu, linear_cuda, native
+from .backends.linear import Linear, make_linear, quantise
 from .model import Attend, Attention, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
 from .slots import LayerSlots, Span
@@ -127,6 +127,11 @@ class Fusion:
     dtype: torch.dtype
     scheme: Scheme | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded to 8 bits."""
+        return self.scheme is not None and self.scheme.rounds_activations
+
     def steps(self, model: Transformer) -> Iterator[Step]:
         """Replace the layers of an empty model by empty fused ones, and say what fills them."""
         for index, layer in enumerate(model.model.layers):
@@ -146,13 +151,14 @@ class Fusion:
         elif self.scheme is not None:  # the shared matrix once more, smaller, for the output alone
             yield self._step(model, "lm_head", {"model.embed_tokens": model.model.embed_tokens})
 
-    def dense_step(self, owner: nn.Module, part: str, module: str, biased: bool) -> Step:
-        """One linear layer, kept quantised and multiplied dense; runs on every device."""
+    def single_step(self, owner: nn.Module, part: str, module: str, biased: bool) -> Step:
+        """One linear layer, kept quantised; runs on every device."""
 
         def install(read: Read) -> None:
             weight = self._quantised(part, read, module)
             bias = read(f"{module}.bias") if biased else None
-            setattr(owner, part, DenseLinear(weight, bias, by_native=False))  # type: ignore[arg-type]
+            made = linear_cuda.make_linear(weight, bias, dtype=self.dtype, rounds_activations=self.rounds)  # type: ignore[arg-type]
+            setattr(owner, part, made)
 
         return Step(tuple(f"{module}.{kind}" for kind in ("weight", "bias")[: 1 + biased]), install)
 
@@ -165,9 +171,8 @@ class Fusion:
         def install(read: Read) -> None:
             biases = [read(f"{name}.bias") for name in modules] if biased else []
             bias = torch.cat(biases) if biased else None  # type: ignore[arg-type]
-            rounds = self.scheme is not None and self.scheme.rounds_activations
             weight = self._joined(part, read, modules, heights, width)
-            setattr(owner, part, make_linear(weight, bias, dtype=self.dtype, rounds_activations=rounds))
+            setattr(owner, part, make_linear(weight, bias, dtype=self.dtype, rounds_activations=self.rounds))
 
         kinds = ("weight", "bias") if biased else ("weight",)
         return Step(tuple(f"{name}.{kind}" for name in modules for kind in kinds), install)
@@ -192,13 +197,16 @@ class Fusion:
 
 
 def unfused_steps(model: Transformer, dtype: torch.dtype, scheme: Scheme | None) -> Iterator[Step]:
-    """For every other backend: the linear layers of a quantised model one by one, dense for the moment of their use."""
+    """For every other backend: the linear layers of a quantised model one by one.
+
+    PyTorch's kernels for CUDA multiply them as they are; elsewhere they are dense for the moment of their use.
+    """
     if scheme is None:
         return
     quantised = Fusion(dtype, scheme)
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module in found.items():
         owner, _, leaf = name.rpartition(".")
-        yield quantised.dense_step(model.get_submodule(owner), leaf, name, module.bias is not None)
+        yield quantised.single_step(model.get_submodule(owner), leaf, name, module.bias is not None)
     if model.lm_head is None:
-        yield quantised.dense_step(model, "lm_head", "model.embed_tokens", biased=False)
+        yield quantised.single_step(model, "lm_head", "model.embed_tokens", biased=False)

@@ -18,6 +18,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from . import quant
+from .backends import linear_cuda
 from .backends.linear import has_int4
 from .config import ModelConfig
 from .errors import CheckpointError
@@ -105,11 +106,14 @@ def weights_of(
     remote: Mapping[str, Stored] | None = None,
     fusion: Fusion | None = None,
     scheme: Scheme | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Weights:
     """What headers say about the weights, those given or those in `folder`; what the config says where there are none.
 
-    fusion, scheme: how they will be kept, see `loader.load_model`.  Raises CheckpointError if there are weights in
-    `folder` and they are pickles, or if tensors do not fit `config`.
+    fusion, scheme, dtype, device: how they will be kept, see `loader.load_model`.  Raises CheckpointError if there are
+    weights in `folder` and they are pickles, or if tensors do not fit `config`.
     """
     model, stored = empty_model(config), remote
     if stored is None and folder is not None and has_weights(folder):
@@ -121,12 +125,19 @@ def weights_of(
         check_fit(folder or Path(), config, stored)
         origin = "the headers of its files" if remote is None else "the hub's headers"
         kinds = {name: DTYPE_OF[entry.dtype] for name, entry in stored.items()}
-    quantised, replaced, item = 0, set(), None if fusion is None or has_int4(fusion.dtype) else fusion.dtype.itemsize
+
+    def zeros(shape: tuple[int, int]) -> torch.dtype | None:
+        if fusion is not None:
+            return None if has_int4(fusion.dtype) else fusion.dtype
+        return dtype if linear_cuda.keeps_zeros(shape, device or torch.device("cpu"), dtype) else None
+
+    quantised, replaced = 0, set()
     for module, linear in linear_layers(model) if scheme is not None else []:
-        quantised += _code_bytes(scheme, module, linear.out_features, linear.in_features, item)
+        shape = linear.out_features, linear.in_features
+        quantised += _code_bytes(scheme, module, shape, zeros(shape))
         replaced.add(f"{module}.weight")
     if scheme is not None and config.tie_word_embeddings:  # the head is kept once more, see fused.py
-        quantised += _code_bytes(scheme, "lm_head", config.vocab_size, config.hidden_size, item)
+        quantised += _code_bytes(scheme, "lm_head", (config.vocab_size, config.hidden_size), None)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     dtypes = {name: kinds.get(name, kinds.get(name.replace(".weight", ".codes"), default)) for name in sizes}
     largest = None
@@ -139,13 +150,13 @@ def weights_of(
     return Weights(kept, origin, quantised, largest)
 
 
-def _code_bytes(scheme: Scheme | None, module: str, rows: int, width: int, item: int | None) -> int:
-    """Bytes of a linear layer; item: of a number, where torch's 4-bit operator wants the scales as such, and zeros."""
+def _code_bytes(scheme: Scheme | None, module: str, shape: tuple[int, int], zeros: torch.dtype | None) -> int:
+    """Bytes of a linear layer; zeros: the dtype in which torch's 4-bit operators, where they serve, want them."""
     assert scheme is not None
-    bits = scheme.bits(module, width)
-    parts = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in quant.shapes(rows, width, bits).items()}
-    if bits == 4 and item is not None:
-        parts["scales"] *= item  # from one number in two bytes to two in `item` bytes each
+    bits = scheme.bits(module, shape[1])
+    parts = {name: prod(size) * dtype.itemsize for name, (size, dtype) in quant.shapes(*shape, bits).items()}
+    if bits == 4 and zeros is not None:
+        parts["scales"] *= zeros.itemsize  # from one number in two bytes to two, scale and zero, of this dtype
     return sum(parts.values())
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backends.linear_cuda import product_bytes
 from .budget import Budget, CachePlan
 from .cache import query_block
 from .errors import BudgetError
@@ -212,8 +213,11 @@ class MemoryPlan:
 
     @property
     def recording(self) -> int:
-        """Bytes that recorded decode steps hold; 0 where none are recorded."""
-        return sum(recording_bytes(self.cache).values()) if self.recorded else 0
+        """Bytes that recorded decode steps hold, see `recording_bytes`; 0 where none are recorded."""
+        if not self.recorded:
+            return 0
+        found, rows = sum(recording_bytes(self.cache).values()), self.cache.rows
+        return found + (self._products(rows, rows) if self.weights.quantised and not self.weights.packed else 0)
 
     def _workspace(self) -> dict[str, int]:
         """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
@@ -222,7 +226,8 @@ class MemoryPlan:
         queries, keys, values, their rotated copies and the result, whichever is more.  attention: see
         `attention_bytes`; beyond what is counted already, as the feed-forward has its turn later.  logits: those of one
         token and what is computed to draw the next one, or, three times in float32, those of the positions that are
-        scored together.
+        scored together.  products: of weights that are kept in 8 or 4 bits, where they do not come with fused.py.
+        recording: of decode steps, which nothing else can use.
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
@@ -238,9 +243,22 @@ class MemoryPlan:
             parts["exchange"] = 3 * max(
                 width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
             )
-        parts |= {"recording": self.recording} if self.recorded else {}
+        if self.weights.quantised and not self.weights.packed:
+            parts["products"] = self._products(rows * self.chunk, plan.rows * self.logit_rows)
+        if self.recorded:
+            parts["recording"] = self.recording
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
+
+    def _products(self, tokens: int, logits: int) -> int:
+        """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
+        config = self.cache.config
+        hidden, wide = config.hidden_size, max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+        return max(
+            product_bytes(tokens, (wide, hidden)),
+            product_bytes(tokens, (hidden, wide)),
+            product_bytes(logits, (config.vocab_size, hidden)),
+        )
 
     def _compiled(self) -> int:
         """Bytes of the kernels that oneDNN compiles."""
@@ -255,7 +273,7 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
 
     buffers: a token, a position and a row for each, and logits in float32.  step: the workspace of the widest step at
     its widest moment, which graphs keep: numbers of a layer (see `MemoryPlan._workspace`) with angles in float64, and
-    what is allocated for kernels, attention's parts or the order of slots; or else the logits before they are copied.
+    what is allocated for kernels; or else the logits before they are copied.
     Not counted, for nobody has measured it: how torch rounds what graphs allocate, and what a product needs beside.
     """
     config, item, dim = plan.config, plan.dtype.itemsize, plan.config.head_dim
@@ -270,18 +288,12 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
 
 
 def kernel_bytes(plan: CachePlan) -> int:
-    """What backends/triton.py allocates for the kernels of a layer and row, at most: either parts of the attention,
-    with their sums, or the order of all slots, with votes on the bits of their codes.
+    """What backends/triton.py allocates for the kernels of a layer and row, at most: parts of the attention, with their
+    sums, or the codes of its queries.
     """
-    config, bits = plan.config, 0
-    for shape, kind in plan.policy.slot_state(config).values():
-        bits += 8 * kind.itemsize * sum(shape)
-    attend = config.num_attention_heads * (config.head_dim + 2) * 4  # of a cut
-    evict = config.num_key_value_heads
-    return max(
-        max(attend * -(-retention.slots // CUT), evict * (8 * retention.slots + 4 * bits) * plan.policy.evicts)
-        for retention in plan.retentions
-    )
+    slots = max(retention.slots for retention in plan.retentions)
+    codes = sum(kind.itemsize * sum(shape) for shape, kind in plan.policy.slot_state(plan.config).values())
+    return plan.config.num_attention_heads * max(-(-slots // CUT) * (plan.config.head_dim + 2) * 4, codes)
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:

@@ -1,6 +1,7 @@
 """Weights in 8 or 4 bits: what the numbers in a quantised tensor mean, and how they are made.
 
-This module is arithmetic on tensors.  It must not know files (loader.py) or kernels (backends/linear.py).
+This module is arithmetic on tensors.  It must not know files (loader.py) or kernels (backends/linear.py and
+linear_cuda.py).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class Scheme:
     """How the linear layers of a model are stored, and what is multiplied with what.
 
     int8: 8 bits, a scale for each output channel, and activations rounded to 8 bits, token by token, as they come
-    (by the CPU backend; others do int8-a16, and say so).
+    (by the CPU backend and on CUDA; others do int8-a16, and say so).
     int8-a16: the same weights, activations as they are.  int4: 4 bits, a scale for every 32 weights, activations as
     they are.  The output projection has 8 bits in every scheme, for it decides between tokens, and so have layers whose
-    rows do not divide into groups of 32; embeddings, norms and biases stay as they are.
+    rows do not divide into groups of 32; embeddings, norms and biases stay as they are.  Where CUDA multiplies 8 bits
+    with 16-bit activations as they are, these are whole numbers of 16 bits with a scale for each token.
     """
 
     name: str

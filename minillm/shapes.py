@@ -63,7 +63,7 @@ class Shape(Checkpoint):
         place = Checkpoint.open(device=device).device  # decided as for every model
         kind = choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
-        scheme = choose_scheme(weights, config, chosen)
+        scheme = choose_scheme(weights, config, chosen, place)
         part = "" if layers is None else f", {layers} of {shape_config(name).num_hidden_layers} layers"
         return cls(f"{name} (random weights{part})", Path(), config, kind, place, True, scheme, chosen, team)
 
@@ -77,7 +77,7 @@ class Shape(Checkpoint):
     def weights(self) -> Weights:
         """Their sizes."""
         fusion = Fusion(self.dtype, self.scheme) if self.backend == "cpu" else None
-        return weights_of(None, self.config, None, fusion, self.scheme)
+        return weights_of(None, self.config, None, fusion, self.scheme, dtype=self.dtype, device=self.device)
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:  # noqa: ARG002
         """Draw the weights."""

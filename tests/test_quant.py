@@ -550,7 +550,7 @@ def test_schemes_that_do_not_go_together(source: Path, capsys: pytest.CaptureFix
         with pytest.raises(ConfigError, match=f"--weights {asked} was asked for, but .* stored as {stored}"):
             Checkpoint.open(str(folders[stored]), weights=asked, offline=True)
     assert Checkpoint.open(str(folders["int8"]), weights="int8-a16", offline=True).scheme == Scheme("int8-a16")
-    assert choose_scheme("auto", read_config(source), "cpu") is None
+    assert choose_scheme("auto", read_config(source), "cpu", CPU) is None
     with pytest.raises(ConfigError, match="weights are 'fp8'"):
         Checkpoint.open(str(source), weights="fp8", offline=True)
     words = ["generate", "Hi", "--model", str(folders["int8"]), "--weights", "int4", "--offline"]

@@ -35,6 +35,7 @@ MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("llama-3.1-8b", "hashevict-plus", {"int8": True, "dtype": torch.float32, "position_mode": "window"}),
     ("qwen2.5-0.5b", "hashevict-key", {"hash_bits": 128, "dtype": torch.float16}),
     ("qwen2.5-0.5b", "window", {"dtype": torch.float32}),
+    ("llama-2-7b", "hashevict-plus", {"evict_every": 1}),
 ]
 
 
@@ -53,7 +54,7 @@ class Compiled:
         kinds, fixed, aligned = {}, {}, {}
         for at, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
-            if parameter.is_constexpr or value is None:
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # as a launch does
                 kinds[parameter.name], fixed[at,] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 kinds[parameter.name], aligned[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
@@ -69,7 +70,8 @@ class Compiled:
 def step(config: ModelConfig, policy: str, tokens: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
     """Tokens of two rows through a layer on the CPU: everything of it but the kernels."""
     cache_options = {name: options.pop(name) for name in ("int8", "position_mode") if name in options}
-    cache = KVCache(config, make_policy(policy, **options), Retention.of(512), rows=2, dtype=dtype, **cache_options)
+    retention = Retention.of(512, evict_every=options.pop("evict_every", None))
+    cache = KVCache(config, make_policy(policy, **options), retention, rows=2, dtype=dtype, **cache_options)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k = (torch.zeros(2, count, tokens, dim, dtype=dtype) for count in (heads, kv_heads))
     at = torch.tensor([[600], [3]]) + torch.arange(tokens)  # [2, T]

@@ -14,11 +14,11 @@ NOBODY, AGE, HASH, NOVELTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 @triton.jit
 def enter(
     judge, k, v, new_flags, keys, values, scales, positions, flags, free, rows, now,
-    tags, projection, votes, totals, orders,
+    tags, codes, projection, probes, probe_codes, totals,
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
-    kv_heads, slots, every, dim, judges, tokens, length, most, window, sinks, recent, bits, width,
+    kv_heads, slots, every, dim, judges, tokens, length, most, window, sinks, recent, bits, words, width,
     RULE: tl.constexpr, FAR: tl.constexpr, PER_HEAD: tl.constexpr, LOG_DECAY: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr,
+    DIM: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`length` tokens of a row through one KV head, as `reference.attend_` has it but for attention: whenever no slot
     is free those tokens are tagged that came since the last time, and victims chosen; then tokens are written up to
@@ -42,10 +42,10 @@ def enter(
             if (RULE != NOBODY) & (since % every == 0):
                 if RULE == HASH:
                     plane = projection + line % kv_heads * bits * dim if PER_HEAD else projection
-                    hash_keys(keys, scales, tags, plane, free, begin, since, slots, every, dim, bits, width, DIM)
-                    hold_a_vote(
-                        judge + (line * judges * tokens + at - first) * dim, plane, votes + line * bits, judges, tokens,
-                        dim, bits, GROUP, DIM,
+                    hash_keys(keys, scales, codes, plane, free, begin, since, slots, every, dim, bits, width, DIM)
+                    hash_judges(
+                        judge + (line * judges * tokens + at - first) * dim, probe_codes + line * judges * width, plane,
+                        judges, tokens, dim, bits, width, GROUP, DIM,
                     )  # fmt: skip
                 if RULE == NOVELTY:
                     note_novelty(
@@ -54,26 +54,9 @@ def enter(
                     )  # fmt: skip
                 tl.debug_barrier()  # what one thread wrote another one reads
                 victims = choose(
-                    positions,
-                    flags,
-                    tags,
-                    votes + line * bits,
-                    orders + line.to(tl.int64) * slots,
-                    begin,
-                    at,
-                    slots,
-                    window,
-                    sinks,
-                    recent,
-                    bits,
-                    width,
-                    RULE,
-                    FAR,
-                    BITS,
-                    BLOCK,
-                    WIDE,
-                    K,
-                )  # [K]
+                    positions, flags, tags, probes + line * judges * words, begin, at, slots, window, sinks, recent,
+                    judges, words, RULE, FAR, MASK, WIDE, K,
+                )  # fmt: skip
                 tl.store(free + tl.arange(0, K), victims, tl.arange(0, K) < every)
                 tl.debug_barrier()
                 if gone is not None:
@@ -87,9 +70,8 @@ def enter(
                 goes = tl.arange(0, K) < every
                 tl.store(positions + slot, -1, goes)
                 if RULE == HASH:
-                    b = tl.arange(0, BITS // 8)
-                    nothing = tl.zeros([K, BITS // 8], tl.uint8)
-                    tl.store(tags + slot[:, None] * width + b[None, :], nothing, goes[:, None] & (b < width)[None, :])
+                    for word in range(words):
+                        tl.store(tags + slot * words + word, 0, goes)
                 if RULE == NOVELTY:
                     tl.store(tags + slot, 0.0, goes)
                 tl.debug_barrier()
@@ -166,51 +148,53 @@ def carry_out(
 
 @triton.jit
 def choose(
-    positions, flags, tags, votes, orders, begin, at, slots, window, sinks, recent, bits, width,
-    RULE: tl.constexpr, FAR: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    K: tl.constexpr,
+    positions, flags, tags, probes, begin, at, slots, window, sinks, recent, judges, words,
+    RULE: tl.constexpr, FAR: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`eviction.choose`: the K slots that go first, in order: [K].
 
     As there one integer a slot says who goes: 16 bits of score (codes and bfloat16 have no more), 32 of age and, as
     no two ages are equal, the slot itself in the rest, so that the least integers are the victims.
     """
-    for start in range(0, slots, BLOCK):
-        n = start + tl.arange(0, BLOCK)
+    best = tl.full([K], -(2**63), tl.int64)
+    for start in range(0, slots, WIDE):
+        n = start + tl.arange(0, WIDE)
         slot = begin + n
         position = tl.load(positions + slot, n < slots, other=-1)
         flag = tl.load(flags + slot, n < slots, other=0)
+        order = tl.zeros_like(position)  # age alone
         if RULE == HASH:
-            p = tl.arange(0, BITS)
-            vote = tl.load(votes + p, p < bits, other=0)  # [P]
-            real = (n < slots)[:, None] & (p < bits)[None, :]
-            byte = tl.load(tags + slot[:, None] * width + (p // 8)[None, :], real, other=0).to(tl.int32)  # [S, P]
-            score = tl.sum(tl.where((byte >> (p % 8)[None, :]) & 1 > 0, vote[None, :], -vote[None, :]), 1)  # [S]
-            order = score.to(tl.int32)
-        elif RULE == NOVELTY:
+            for word in range(words):
+                code = tl.load(tags + slot * words + word, n < slots, other=0).to(tl.int64)
+                for g in range(judges):
+                    probe = tl.load(probes + g * words + word).to(tl.int64)
+                    order -= ones_of((code ^ probe) & MASK)  # minus the Hamming distance
+        if RULE == NOVELTY:
             score = tl.load(tags + slot, n < slots, other=0).to(tl.float32)
             number = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True) >> 16  # no -0.0
             order = number ^ ((number >> 15) & 0x7FFF)
-        else:
-            order = tl.zeros_like(position)  # age alone
         protected = (position < sinks) | (position >= at - recent) | ((flag & 1) > 0)
         order = tl.where(protected, LAST, order)
         order = tl.where(visible(position, flag, at, window, sinks, FAR), order, FIRST)
         age = tl.where(position == -1, n, position.to(tl.int64) + slots)  # empty ones before all others
-        tl.store(orders + n, (order.to(tl.int64) << 48) + (age << 16) + n, n < slots)
-    tl.debug_barrier()
-    n = tl.arange(0, WIDE)
-    best = tl.topk(~tl.load(orders + n, n < slots, other=2**63 - 1), K)  # [K], the least first
-    for start in range(WIDE, slots, WIDE):
-        some = tl.topk(~tl.load(orders + start + n, start + n < slots, other=2**63 - 1), K)
-        best = tl.topk(tl.cat(best, some, can_reorder=True), K)
+        least = tl.where(n < slots, (order.to(tl.int64) << 48) + (age << 16) + n, 2**63 - 1)
+        best = tl.topk(tl.cat(best, tl.topk(~least, K), can_reorder=True), K)  # [K], the least first
     return ~best & 0xFFFF
+
+
+@triton.jit
+def ones_of(x):
+    """Bits of int64 that are 1, see `lsh.popcount`."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((x * 0x0101010101010101) >> 56).to(tl.int32)
 
 
 @triton.jit
 def hash_keys(keys, scales, codes, plane, free, begin, since, slots, every, dim, bits, width, DIM: tl.constexpr):
     """Codes of the first S tokens, or of those since the last time."""
-    d, p = tl.arange(0, DIM), tl.arange(0, 16)
+    d = tl.arange(0, DIM)
     new = tl.where(since == 0, slots, every)
     for start in range(0, new, TAGGED):
         n = start + tl.arange(0, TAGGED)
@@ -219,36 +203,29 @@ def hash_keys(keys, scales, codes, plane, free, begin, since, slots, every, dim,
             slot = tl.load(free + n, n < new, other=0)
         slot = begin + slot
         key = numbers(keys, scales, 0, slot, d, n < new, dim)  # [n, D]
-        for first in range(0, bits, 16):
-            one = above(key, plane, first + p, d, bits, dim) & (first + p < bits)[None, :]  # [n, 16]
-            pair = tl.reshape(one.to(tl.int32), [TAGGED, 2, 8]) << tl.arange(0, 8)[None, None, :]
-            b = first // 8 + tl.arange(0, 2)
-            kept = (n < new)[:, None] & (b < width)[None, :]
-            tl.store(codes + slot[:, None] * width + b[None, :], tl.sum(pair, 2).to(tl.uint8), kept)
+        put_codes(key, codes + slot * width, n < new, plane, dim, bits, width, TAGGED, DIM)
 
 
 @triton.jit
-def hold_a_vote(judge, plane, votes, judges, tokens, dim, bits, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """What the incoming token's queries (or its key) say of each bit: how many have a 1 less how many a 0.
-
-    The sum over g of P - 2 Hamming(code, code of g) is the sum over bits p of +-votes[p], where the sign is the bit of
-    the code.  So a group costs no more than one.
-    """
-    g, d, p = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, 16)
+def hash_judges(judge, codes, plane, judges, tokens, dim, bits, width, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Codes of the incoming token's queries, or of its key."""
+    g, d = tl.arange(0, GROUP), tl.arange(0, DIM)
     real = (g < judges)[:, None] & (d < dim)[None, :]
     x = tl.load(judge + g[:, None] * tokens * dim + d[None, :], real, other=0).to(tl.float32)  # [G, D]
-    for first in range(0, bits, 16):
-        liked = above(x, plane, first + p, d, bits, dim)  # [G, 16]
-        vote = tl.where((g < judges)[:, None], tl.where(liked, 1.0, -1.0), 0.0)
-        tl.store(votes + first + p, tl.sum(vote, 0), first + p < bits)
+    put_codes(x, codes + g * width, g < judges, plane, dim, bits, width, GROUP, DIM)
 
 
 @triton.jit
-def above(x, plane, p, d, bits, dim):
-    """On which side of the hyperplanes p [16] vectors x [n, D] lie: [n, 16]."""
-    real = (d < dim)[:, None] & (p < bits)[None, :]
-    planes = tl.load(plane + p[None, :] * dim + d[:, None], real, other=0)  # [D, 16]
-    return tl.dot(x, planes, input_precision="ieee") >= 0
+def put_codes(x, to, mask, plane, dim, bits, width, N: tl.constexpr, DIM: tl.constexpr):
+    """On which sides of hyperplanes vectors x [N, D] lie, as bytes at `to` [N]: bit p is bit p % 8 of byte p // 8."""
+    d = tl.arange(0, DIM)
+    for first in range(0, bits, 16):
+        p, b = first + tl.arange(0, 16), first // 8 + tl.arange(0, 2)
+        real = (d < dim)[:, None] & (p < bits)[None, :]
+        planes = tl.load(plane + p[None, :] * dim + d[:, None], real, other=0)  # [D, 16]
+        one = (tl.dot(x, planes, input_precision="ieee") >= 0) & (p < bits)[None, :]  # [N, 16]
+        pair = tl.reshape(one.to(tl.int32), [N, 2, 8]) << tl.arange(0, 8)[None, None, :]
+        tl.store(to[:, None] + b[None, :], tl.sum(pair, 2).to(tl.uint8), mask[:, None] & (b < width)[None, :])
 
 
 @triton.jit

@@ -201,8 +201,10 @@ class DenseLinear(Linear):
     """Weights that become numbers a block of rows at a time, where no kernel multiplies them as they are.
 
     What every other kind is compared with, on every device.  by_native: native.c may multiply 8 bits and few rows of
-    activations.
+    activations.  unit: rows that stay together.
     """
+
+    unit = 1
 
     def __init__(self, weight: Quantised, bias: Tensor | None, *, by_native: bool = True) -> None:
         super().__init__(weight.shape, bias)
@@ -212,14 +214,19 @@ class DenseLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0], self.out_features)  # [M, N]
-        for start, stop in blocks(self.out_features, self.in_features, DENSE_NUMBERS):
-            part = Quantised(self.weight.codes[start:stop], self.weight.scales[start:stop])
+        for start, stop in blocks(self.out_features // self.unit, self.in_features * self.unit, DENSE_NUMBERS):
+            some = slice(start * self.unit, stop * self.unit)
+            part = self.part(some)
             # Whole numbers are exact in bfloat16, and the scale of a row can wait; float16 would overflow.
             if part.bits == 8 and x.dtype != torch.float16:
-                y[:, start:stop] = F.linear(x, part.codes.to(x.dtype)) * part.scales.to(x.dtype).flatten()
+                y[:, some] = F.linear(x, part.codes.to(x.dtype)) * part.scales.to(x.dtype).flatten()
             else:
-                y[:, start:stop] = F.linear(x, part.dense(x.dtype))
+                y[:, some] = F.linear(x, part.dense(x.dtype))
         return y if self.bias is None else y.add_(self.bias)
+
+    def part(self, rows: slice) -> Quantised:
+        """Some rows of the weight; they begin and end at multiples of `unit`."""
+        return Quantised(self.weight.codes[rows], self.weight.scales[rows])
 
     def fewest_alike(self, rows: int, dtype: torch.dtype) -> int:
         return super().fewest_alike(rows, dtype) if self.by_native(dtype) and rows <= self.few else rows

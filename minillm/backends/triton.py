@@ -34,8 +34,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
 CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
-ORDERED, SEARCHED = 4096, 1024  # bits of codes that are compared at a time, and slots that are searched for victims
-MOST_SLOTS, MOST_SCORE = 1 << 16, (1 << 15) - 2  # what `choose` has bits for
+SHARED = 1 << 15  # bytes that keys alone may take there
+SEARCHED = 1024  # slots that are searched for victims at a time
+MOST_SLOTS, MOST_BITS, MOST_GROUP = 1 << 16, 256, 127  # what `choose` has bits for: distances add up over a group
 
 
 def missing(device: torch.device) -> str | None:
@@ -53,7 +54,7 @@ def rule_of(layer: LayerCache) -> int | None:
     if layer.retention.slots > MOST_SLOTS:
         return None
     if isinstance(policy, HashEvict) and kind in (HashEvict, HashEvictKey):
-        plain = not (policy.centred or policy.norm_weighted or policy.needs_queries)
+        plain = not (policy.centred or policy.norm_weighted or policy.needs_queries) and policy.hash_bits <= MOST_BITS
         return int(kernels.HASH.value) if plain else None
     return {Window: int(kernels.AGE.value), HashEvictPlus: int(kernels.NOVELTY.value)}.get(kind)
 
@@ -130,36 +131,34 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
     policy, state, rule = whole.policy, whole.state, rule_of(whole)
     assert rule is not None, "eviction.py chooses for this policy"
     (batch, kv_heads, tokens, dim), slots, every = k.shape, whole.retention.slots, whole.retention.evict_every
-    lines, now, bits, decay = batch * kv_heads, span.positions.contiguous(), 1, 1.0
-    judge = tags = projection = votes = totals = now  # what is never read
+    now, bits, judges, decay = span.positions.contiguous(), 1, 1, 1.0
+    judge = tags = projection = probes = totals = now  # what is never read
     if isinstance(policy, HashEvict):
-        bits, projection = policy.hash_bits, state["projection"]
+        bits, projection, tags = policy.hash_bits, state["projection"], state["codes"]  # [B, Hkv, S, W]
         judge = (k if isinstance(policy, HashEvictKey) else q).contiguous()  # [B, G * Hkv, T, D]
-        tags = state["codes"].view(torch.uint8)  # [B, Hkv, S, bytes]: bit p is bit p % 8 of byte p // 8
-        votes = torch.empty(lines, bits, device=now.device)  # [B * Hkv, P]
+        judges = judge.shape[1] // kv_heads
+        assert judges <= MOST_GROUP, f"codes of {judges} query heads a KV head add up to more than the kernel counts"
+        probes = tags.new_empty(batch, kv_heads, judges, tags.shape[3])  # [B, Hkv, G, W]
     elif isinstance(policy, HashEvictPlus):
         tags, totals, decay = state["novelty"], state["total"], policy.decay  # [B, Hkv, S], [B, Hkv, D]
-    evicts = policy.evicts
-    orders = torch.empty(lines, slots if evicts else 0, dtype=torch.int64, device=now.device)  # [B * Hkv, S]
     # Where the host knows that nothing is evicted, nothing has to be carried out.
-    keeps = evicts and tokens > 1 and span.may_pass(slots)
+    keeps = policy.evicts and tokens > 1 and span.may_pass(slots)
     gone = Gone.room_for(whole, batch, tokens) if keeps else None
-    judges = max(1, judge.shape[1] // kv_heads) if isinstance(policy, HashEvict) else 1
-    many = _padded(every)
-    kernels.enter[(lines,)](
+    many, words = _padded(every), tags.shape[-1]
+    kernels.enter[(batch * kv_heads,)](
         *(judge, k.contiguous(), v.contiguous(), span.flags, whole.keys, whole.values, whole.scales),
-        *(whole.positions, whole.flags, whole.free, rows, now, tags, projection, votes, totals, orders),
+        *(whole.positions, whole.flags, whole.free, rows, now),
+        *(tags, tags.view(torch.uint8), projection, probes, probes.view(torch.uint8), totals),
         *((None,) * 6 if gone is None else gone),
         *(kv_heads, slots, every, dim, judges, tokens, span.length, 0 if gone is None else gone.keys.shape[2]),
-        *(_window(whole), whole.retention.sinks, whole.retention.recent, bits, tags.shape[-1]),
+        *(_window(whole), whole.retention.sinks, whole.retention.recent, bits, words, words * tags.itemsize),
         RULE=rule,
         FAR=whole.far,
         PER_HEAD=isinstance(policy, HashEvict) and policy.per_head,
         LOG_DECAY=math.log2(decay),
         GROUP=_padded(judges),
         DIM=_padded(dim),
-        BITS=_padded(bits),
-        BLOCK=min(128, max(1, ORDERED // _padded(bits))),
+        MASK=(1 << 8 * tags.itemsize) - 1 if tags.itemsize < 8 else -1,  # of a word that has become int64
         WIDE=max(many, min(SEARCHED, _padded(slots))),
         K=many,
         num_warps=8,
@@ -185,8 +184,8 @@ def attend_slots(
     whole, rows = _parts(layer)
     (batch, heads, tokens, dim), (kv_heads, slots) = q.shape, whole.positions.shape[1:]
     cut, group = CUT if tokens == 1 else CUT_MANY, heads // kv_heads
-    narrow = _padded(dim) * q.element_size() <= 512  # queries, keys and values lie in shared memory
-    tile, block = _padded(group) if tokens == 1 else (TILE if narrow else TILE // 2), BLOCK if narrow else BLOCK // 2
+    most = SHARED // (_padded(dim) * q.element_size())  # queries, keys and values lie in shared memory
+    tile, block = (_padded(group), min(BLOCK, most)) if tokens == 1 else (min(TILE, most // 2), min(BLOCK, most // 2))
     asked, cuts = batch * heads * tokens, triton.cdiv(slots, cut)
     parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
     sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]

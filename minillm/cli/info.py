@@ -77,10 +77,11 @@ def backends() -> dict[str, Any]:
     """Which backend serves which operation, for bfloat16 on the CPU where that is what `auto` chooses, and why."""
     import torch
 
-    from ..backends import linear, native
+    from ..backends import linear, linear_cuda, native
     from ..loader import cpu_has_bfloat16
     from ..quant import quantise
 
+    cuda = linear_cuda.missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     why = native.missing() or ("" if dtype == torch.bfloat16 else "it computes in bfloat16 alone")
     packed, int8 = "torch, plain (oneDNN does not multiply it here)", "dense blocks (torch lacks oneDNN's int8)"
@@ -97,6 +98,7 @@ def backends() -> dict[str, Any]:
         "linear int8": int8,
         "linear int8-a16": "dense blocks of weights",
         "linear int4": "native.c" if not why else "torch's int4 operator",
+        "linear in 8 and 4 bits on CUDA": f"does not run: {cuda}" if cuda else "torch: int8 _int_mm, int4 tinygemm",
         "attention, one token": "native.c" if not why else "torch, matrix products over slots",
         "attention, many tokens": "torch's fused kernel over slots",
         "norm, rotary, gate": "native.c" if not why else "torch",
