@@ -33,6 +33,7 @@ RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 <<
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
 CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
+CUBLAS_BYTES = 32 << 20  # that cuBLAS keeps for the stream of recordings: what torch gives it on compute capability 9.0
 CUT = 256  # slots of a program of attention, as backends/triton.py cuts them
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
@@ -217,6 +218,7 @@ class MemoryPlan:
         if not self.recorded:
             return 0
         found, rows = sum(recording_bytes(self.cache).values()), self.cache.rows
+        found += CUBLAS_BYTES if self.device.type == "cuda" else 0
         return found + (self._products(rows, rows) if self.weights.quantised and not self.weights.packed else 0)
 
     def _workspace(self) -> dict[str, int]:
@@ -274,7 +276,7 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
     buffers: a token, a position and a row for each, and logits in float32.  step: the workspace of the widest step at
     its widest moment, which graphs keep: numbers of a layer (see `MemoryPlan._workspace`) with angles in float64, and
     what is allocated for kernels; or else the logits before they are copied.
-    Not counted, for nobody has measured it: how torch rounds what graphs allocate, and what a product needs beside.
+    Not counted, for nobody has measured it: how torch rounds what graphs allocate.
     """
     config, item, dim = plan.config, plan.dtype.itemsize, plan.config.head_dim
     heads = config.num_attention_heads + config.num_key_value_heads

@@ -74,19 +74,19 @@ class Cuda:
 
     def __init__(self, rows: int) -> None:
         self._pool: torch.cuda._POOL_HANDLE | None = None
+        self._stream = torch.cuda.Stream()  # one for all, as cuBLAS keeps a workspace for each
         self._held = torch.empty(rows * MOST_FACTS, pin_memory=True)
         self._copied = torch.cuda.Event()
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Run twice, so that kernels are compiled and libraries have what they keep; then capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
         self._pool = graph.pool()
         return graph.replay
