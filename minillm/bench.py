@@ -2,9 +2,10 @@
 
 A case is a number of rows and a context.  In each round every case gets an empty cache, reads `context` random tokens
 in every row (prefill, up to the likeliest next token) and then decodes `tokens` greedy ones, a step for all rows at a
-time; then memory alone is read.  Rounds are interleaved, so that a busy moment hits every case.  What is reported are
-medians over rounds, but the best of memory, which others can only slow down.  A round before these warms up and is not
-counted; in it steps are taken apart (breakdown.py), and the peak of memory is noted.
+time, replayed where the backend records steps; then memory alone is read.  Rounds are interleaved, so that a busy
+moment hits every case.  What is reported are medians over rounds, but the best of memory, which others can only slow
+down.  A round before these warms up and is not counted; in it steps are taken apart (breakdown.py), and the peak of
+memory is noted.
 
 This module prints nothing, and must not know options (cli/bench.py).
 """
@@ -12,9 +13,12 @@ This module prints nothing, and must not know options (cli/bench.py).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +27,15 @@ from .backends.linear import Linear
 from .breakdown import shares, watched
 from .budget import CachePlan
 from .cache import KVCache
+from .checkpoint import Checkpoint
+from .eviction import evict_
 from .generate import feed, flags_of
 from .machine import Others, now, read_bandwidth
 from .memory import held, trim
 from .model import RMSNorm, Transformer
+
+if TYPE_CHECKING:
+    from .backends.graph import Steps
 
 UNWATCHED = 2  # decode steps before the watched ones: the first of a kind is slow
 
@@ -45,7 +54,10 @@ class Figures:
     """What came of a case.  token_s: seconds of a decode step, which gives every row a token; tokens are of all rows.
 
     read_bytes: what a step has to read (weights once, and the keys and values that are live); of_bandwidth: how fast
-    that was, as a share of the fastest that this memory was seen to be read.  shares: of a step's time, by part.
+    that was, as a share of the fastest that this memory was seen to be read.  shares: of a step's time, by part, where
+    no step is replayed.  graph_coverage: the share of the measured steps that were replayed recordings.  kernels: who
+    evicts, writes and attends in every layer of them, "triton" or "torch"; kernel_coverage: the share of "triton" in
+    it.  None, and nothing, where the backend has neither.
     """
 
     rows: int
@@ -60,6 +72,9 @@ class Figures:
     read_bytes_per_s: float
     of_bandwidth: float
     shares: dict[str, float]
+    graph_coverage: float | None
+    kernel_coverage: float | None
+    kernels: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,18 +104,20 @@ class Report:
 
 @dataclass(frozen=True)
 class Round:
-    """One case, once: seconds of the prompt and of every step, and the bytes that a step had to read."""
+    """One case, once: seconds of the prompt and of every step, the bytes that a step had to read, replayed steps."""
 
     prefill: float
     steps: list[float]
     read: float
+    replayed: int
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, and how it is measured."""
+    """A model, and how it is measured.  checkpoint: what it was loaded from, for its backend's own ways."""
 
     model: Transformer
+    checkpoint: Checkpoint | None = None
     tokens: int = 32
     rounds: int = 3
     chunk: int = 256
@@ -128,7 +145,9 @@ class Bench:
                 found[index].append(self._round(case))
                 bandwidths.append(read_bandwidth(self.device))
                 follow(index)
-        figures = [_figures(*measured, max(bandwidths)) for measured in zip(cases, found, parts, strict=True)]
+        served = [self._served_by(case) for case in cases]
+        measured = zip(cases, found, parts, served, strict=True)
+        figures = [_figures(*one, max(bandwidths)) for one in measured]
         costs, weights = _rows_cost(cases, found), weight_bytes(self.model)
         return Report(figures, costs, weights, max(bandwidths), peak, others.cores())
 
@@ -138,11 +157,15 @@ class Bench:
         return self.model.model.embed_tokens.weight.device
 
     def _round(self, case: Case) -> Round:
-        cache, last, seconds = self._prefill(case)
-        before = live_bytes(cache)
-        steps = [layers + head for layers, head in self._decode(cache, last, self.tokens)]
+        cache, token, seconds = self._prefill(case)
+        recorded, before = self._recorded(cache), live_bytes(cache)
+        if recorded is None:
+            steps = [layers + head for layers, head in self._decode(cache, token, self.tokens)]
+        else:
+            steps = self._replay(recorded, cache, token)
         embedded = case.rows * self.model.model.embed_tokens.weight[0].nbytes
-        return Round(seconds, steps, weight_bytes(self.model) + embedded + fmean((before, live_bytes(cache))))
+        read = weight_bytes(self.model) + embedded + fmean((before, live_bytes(cache)))
+        return Round(seconds, steps, read, 0 if recorded is None else len(steps))
 
     def _prefill(self, case: Case) -> tuple[KVCache, Tensor, float]:
         """A cache that has read a prompt, the likeliest next token of every row [B, 1], and seconds."""
@@ -169,15 +192,44 @@ class Bench:
             steps.append((middle - begin, now(self.device) - middle))
         return steps
 
+    def _replay(self, recorded: Steps, cache: KVCache, token: Tensor) -> list[float]:
+        """`tokens` recorded steps after `token` [B, 1]: seconds from when the host has read a token to the next.
+
+        A step is launched before the host reads what it feeds, unless that pushes something out: as in ahead.py.
+        """
+        rows, drawn, times = range(cache.rows), token[:, 0].split(1), list[float]()
+        for left in range(self.tokens, -1, -1):
+            read = recorded.fetch(drawn)
+            if cache.due:
+                read()
+            if left:
+                logits = recorded.feed(rows, cache.feed_ahead(), drawn)  # [B, V]
+                cache.keep()
+            read()
+            times.append(time.perf_counter())
+            drawn = logits.argmax(-1).split(1)
+        return [after - before for before, after in pairwise(times)]
+
     def _take_apart(self, case: Case) -> dict[str, float]:
         """Shares of the time of a decode step, see breakdown.py."""
         trim()  # what the case before has left
         cache, token, _ = self._prefill(case)
+        recorded = self._recorded(cache)  # for the peak of memory: Python cannot look into it
         unwatched = min(UNWATCHED, self.tokens - 1)
         self._decode(cache, token, unwatched)
         with watched(self.model) as spent:
             steps = self._decode(cache, token, self.tokens - unwatched)
-        return shares(spent, steps, cache)
+        del recorded
+        return shares(spent, steps, cache, evict_ if self.checkpoint is None else self.checkpoint.evict_)
+
+    def _recorded(self, cache: KVCache) -> Steps | None:
+        """The steps of all rows as recordings, where the backend makes them."""
+        return None if self.checkpoint is None else self.checkpoint.recorded(self.model, cache)
+
+    def _served_by(self, case: Case) -> dict[str, str]:
+        """See Figures.kernels."""
+        cache = case.plan.allocate(torch.device("meta"))
+        return {} if self.checkpoint is None else self.checkpoint.served_by(cache)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -198,7 +250,9 @@ def live_bytes(cache: KVCache) -> int:
     return slot * sum(int(cache.live(row).sum()) for row in range(cache.rows))
 
 
-def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth: float) -> Figures:
+def _figures(
+    case: Case, rounds: list[Round], parts: dict[str, float], served: dict[str, str], bandwidth: float
+) -> Figures:
     steps = sorted(step for measured in rounds for step in measured.steps)
     speed = median(measured.read / fmean(measured.steps) for measured in rounds)  # bytes per second
     return Figures(
@@ -214,6 +268,9 @@ def _figures(case: Case, rounds: list[Round], parts: dict[str, float], bandwidth
         read_bytes_per_s=speed,
         of_bandwidth=speed / bandwidth,
         shares=parts,
+        graph_coverage=sum(measured.replayed for measured in rounds) / len(steps) if served else None,
+        kernel_coverage=fmean(who == "triton" for who in served.values()) if served else None,
+        kernels=served,
     )
 
 

@@ -91,14 +91,16 @@ class KVCache:
                 )
             )
         self._fewest = min(retention.slots for retention in self.retentions)
+        self._unlike = tuple({layer.retention: layer for layer in self.layers}.values())  # one layer of each kind
         self.fixed = frozenset(policy.constants_spec(config))  # names of what needs neither reset nor saving
         self.seen = [0] * rows
         self.number = 0  # which row of a larger cache this one is, see `row`
+        self.ahead = False  # whether the next token is fed already: see `feed_ahead`
         self.reset()
 
     def reset(self) -> None:
         """Forget everything.  Keys and values are not cleared: a slot at position -1 is visible to nobody."""
-        self.seen = [0] * self.rows
+        self.seen, self.ahead = [0] * self.rows, False
         for layer in self.layers:
             layer.positions.fill_(NOTHING)
             layer.flagged = False
@@ -123,12 +125,13 @@ class KVCache:
 
     def copy_(self, other: KVCache) -> None:
         """Hold what another cache holds, of the same model, policy, slots and rows."""
+        other.take_back_()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for name, tensor in theirs.tensors().items():
                 if name not in self.fixed:
                     mine.tensors()[name].copy_(tensor)
             mine.flagged = theirs.flagged
-        self.seen = list(other.seen)
+        self.seen, self.ahead = list(other.seen), False
 
     def append(self, length: int, *, padded: int | None = None, flags: Tensor | None = None) -> Span:
         """Reserve the next `length` positions of every row (`padded` >= length: the width T of the forward pass).
@@ -136,6 +139,7 @@ class KVCache:
         flags [B, T] uint8 are written with the tokens.  Raises ContextFullError, before anything is written, if nothing
         may be evicted and the tokens do not fit.
         """
+        self.take_back_()
         self.check_room(length)
         if flags is not None and flags.any():
             self.note_flags()
@@ -144,6 +148,39 @@ class KVCache:
         host[:, length:] = NOTHING
         self.seen = [position + length for position in first]
         return Span(host.to(self.device), host, first, length, None if flags is None else flags.to(self.device))
+
+    @property
+    def due(self) -> bool:
+        """Whether the next token pushes out others, in some row and layer."""
+        return any(layer.is_due(seen) for seen in set(self.seen) for layer in self._unlike)
+
+    def feed_ahead(self) -> list[int]:
+        """The next position of every row, for a token that is fed before it is known whether it belongs there.
+
+        Until `keep` says so nothing here has seen it, and what is done next takes it back.  That leaves no trace, as
+        long as it was not `due`: it was written into a slot that was free.  Raises as `append` does.
+        """
+        self.take_back_()
+        self.check_room(1)
+        self.ahead = True
+        return self.seen
+
+    def keep(self) -> None:
+        """The token that was fed ahead belongs there."""
+        assert self.ahead, "a token is fed before it is kept"
+        self.seen, self.ahead = [seen + 1 for seen in self.seen], False
+
+    @torch.inference_mode()
+    def take_back_(self) -> None:
+        """Empty the slots of a token that was fed ahead, if there is one; the device is not waited for."""
+        if not self.ahead:
+            return
+        self.ahead = False
+        for layer in self.layers:
+            for row, seen in enumerate(self.seen):
+                fed = layer.positions[row] >= seen  # [Hkv, S]
+                layer.positions[row].masked_fill_(fed, NOTHING)
+                layer.flags[row].masked_fill_(fed, 0)
 
     def note_flags(self) -> None:
         """From now on some token may have flags."""

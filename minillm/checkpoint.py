@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import fingerprint, hub, inventory, loader
+from . import eviction, fingerprint, hub, inventory, loader
 from .answer import LOGIT_ROWS
 from .backends import linear_cuda, native
 from .backends.linear import has_int8
 from .budget import Budget, CachePlan
+from .cache import KVCache
 from .chat import ChatTemplate
 from .config import ModelConfig
+from .engine import rows_alike
 from .errors import CheckpointError, ConfigError
 from .fused import Fusion
 from .memory import held, trim
@@ -30,6 +32,9 @@ from .planner import MemoryPlan, size_of
 from .quant import Scheme
 from .shard import ALONE, Team, require_groups
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .backends.graph import Steps
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 DEFAULT_CONTEXT = 8192  # tokens that a fraction is a fraction of, where neither the user nor the request says
@@ -152,9 +157,9 @@ class Checkpoint:
         memory: what it may hold.  chunk, logit_rows, reading, requests: see MemoryPlan.
         """
         promise = None if memory is None else size_of(memory)
-        return MemoryPlan(
-            plan, self.weights, self.base, self.device, chunk, logit_rows, promise, reading=reading, requests=requests
-        )
+        recorded = self.backend == "triton" and self.records(plan.allocate(torch.device("meta")))
+        sizes = {"reading": reading, "requests": requests, "recorded": recorded}
+        return MemoryPlan(plan, self.weights, self.base, self.device, chunk, logit_rows, promise, **sizes)  # type: ignore[arg-type]
 
     @cached_property
     def base(self) -> int:
@@ -200,6 +205,42 @@ class Checkpoint:
                 if isinstance(module, Attention):
                     module.attend = triton.attend_
         return model
+
+    def records(self, cache: KVCache) -> bool:
+        """Whether decode steps of a cache run as recordings (backends/graph.py); one on the meta device will do."""
+        if self.backend != "triton" or self.team.ranks > 1:  # nobody has tried what ranks say to each other in a graph
+            return False
+        from .backends import graph
+
+        return graph.refusal(cache, self.dtype) is None
+
+    def recorded(self, model: Transformer, cache: KVCache, rows: int | None = None) -> Steps | None:
+        """Recordings of the steps of so many rows (None: all), made now; None where steps are taken as they come."""
+        if not self.records(cache):
+            return None
+        from .backends import graph
+
+        most = rows or cache.rows
+        return graph.Steps(
+            model, cache, graph.recorder_for(cache.device, most), rows=most, fewest=max(rows_alike(model, most))
+        )
+
+    @property
+    def evict_(self) -> Callable[..., None]:
+        """`eviction.evict_` as the backend does it."""
+        if self.backend != "triton":
+            return eviction.evict_
+        from .backends import triton
+
+        return triton.evict_one_
+
+    def served_by(self, cache: KVCache) -> dict[str, str]:
+        """Who evicts, writes and attends in a decode step: "triton" or "torch"; nothing for other backends."""
+        if self.backend != "triton":
+            return {}
+        from .backends import graph
+
+        return graph.served_by(cache, self.dtype)
 
     @property
     def computed_by(self) -> str:

@@ -6,6 +6,10 @@ only; who asks, and what becomes of the tokens, is the task's business.
 
 The tokens of a row do not depend on what else is computed: attention is each row's own, chunks have fixed borders, and
 products are taken at numbers of rows that round alike (`Engine.batch`).
+
+Where steps are recorded (backends/graph.py), the tokens of a step are fed before the host has read them, as in
+ahead.py, but only if that pushes out no token in any row, so that each can be taken back: a step costs about the same
+for one row as for all, and is not to be cut in two.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +28,9 @@ from .errors import MinillmError, RankError
 from .generate import Pins, feed, flags_of
 from .model import Transformer
 from .sampling import Sample, Sampler
+
+if TYPE_CHECKING:
+    from .backends.graph import Steps
 
 
 class Task(Protocol):
@@ -53,6 +60,7 @@ class Row:
     chunks: Iterator[tuple[Tensor, Tensor]] | None = None
     unread: int = 0  # tokens of the prompt
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # [hidden], of the latest token
+    logits: Tensor | None = None  # [V], of the latest token, once they are computed
 
 
 class Engine:
@@ -61,14 +69,19 @@ class Engine:
     Not to be used from two threads at a time.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, *, chunk: int = 256, rows: int | None = None) -> None:
-        """rows: use only the first so many of the cache's."""
-        self.model, self.cache, self.chunk = model, cache, chunk
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        *,
+        chunk: int = 256,
+        rows: int | None = None,
+        steps: Steps | None = None,
+    ) -> None:
+        """rows: use only the first so many of the cache's.  steps: recorded ones of these rows, see Checkpoint."""
+        self.model, self.cache, self.chunk, self.steps = model, cache, chunk, steps
         self.rows = [Row(cache.row(row)) for row in range(cache.rows if rows is None else rows)]
-        # Few rows together round as many do, from so many on; those that are missing are filled up.
-        most, dtype = len(self.rows), model.model.embed_tokens.weight.dtype
-        self.batch = fewest_alike(model.model, most, dtype)
-        self.logit_batch = most if model.lm_head is None else fewest_alike(model.lm_head, most, dtype)
+        self.batch, self.logit_batch = rows_alike(model, len(self.rows))  # rows that are missing are filled up
         self._reading: deque[int] = deque()
         self._together: tuple[list[int], CacheRows] | None = None
 
@@ -95,7 +108,7 @@ class Engine:
         row = self.rows[number]
         if row.chunks is not None:
             self._reading.remove(number)
-        row.task = row.chunks = None
+        row.task = row.chunks = row.logits = None
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -103,8 +116,13 @@ class Engine:
         if self._reading:
             self._read(self._reading[0])
         drawing = self.drawing
-        if drawing:
-            self._feed(self._draw(drawing))
+        if not drawing:
+            return
+        if self.steps is None:
+            drawn = self._draw(drawing)
+            self._feed(self._tell(drawing, [facts.tolist() for facts in drawn]))
+        else:
+            self._step_ahead(self.steps, drawing)
 
     def _read(self, number: int) -> None:
         row = self.rows[number]
@@ -127,25 +145,60 @@ class Engine:
                 self._end(number)
         return None
 
-    def _draw(self, drawing: list[int]) -> dict[int, int]:
-        """The token drawn in every row that wants another one."""
-        hidden = torch.stack([self.rows[number].hidden for number in drawing])  # [n, hidden]
-        logits = self.model.logits(filled(hidden, self.logit_batch))  # [B, V]
-        drawn = {}
-        for number, scores in zip(drawing, logits, strict=False):
-            task = self.rows[number].task
-            assert task is not None
-            try:
-                sample = task.sampler.sample(scores)
-                if task.draw(sample):
-                    drawn[number] = sample.token_id
-                else:
-                    self._end(number)
-            except RankError:
-                raise
-            except MinillmError as error:
-                self._end(number, error)
+    def _draw(self, drawing: list[int]) -> list[Tensor]:
+        """What every row's sampler draws, see `Sampler.draw`: on the device."""
+        rows = [self.rows[number] for number in drawing]
+        without = [row for row in rows if row.logits is None]
+        if without:
+            hidden = torch.stack([row.hidden for row in without])  # [n, hidden]
+            for row, logits in zip(without, self.model.logits(filled(hidden, self.logit_batch)), strict=False):
+                row.logits = logits  # [V]
+        drawn = []
+        for row in rows:
+            assert row.task is not None
+            assert row.logits is not None
+            drawn.append(row.task.sampler.draw(row.logits))
+            row.logits = None
         return drawn
+
+    def _tell(self, drawing: list[int], read: list[list[float]]) -> dict[int, int]:
+        """Tell the tasks what was drawn; the token of every row that wants another one."""
+        wanted = {}
+        for number, facts in zip(drawing, read, strict=True):
+            row = self.rows[number]
+            assert row.task is not None
+            error = None
+            try:
+                sample = row.task.sampler.note(facts)
+                if row.task.draw(sample):
+                    wanted[number] = sample.token_id
+                    continue
+            except RankError:  # which ends all rows
+                raise
+            except MinillmError as raised:
+                error = raised
+            row.cache.take_back_()
+            self._end(number, error)
+        return wanted
+
+    def _step_ahead(self, steps: Steps, drawing: list[int]) -> None:
+        """Draw, feed if it can be taken back, and only then read, tell, and feed what was not fed."""
+        drawn = dict(zip(drawing, self._draw(drawing), strict=True))
+        read = steps.fetch(list(drawn.values()))
+        ahead = not any(self.rows[number].cache.due for number in drawing)
+        if ahead:
+            self._launch(steps, drawn)
+        wanted = self._tell(drawing, read())
+        if wanted and not ahead:
+            self._launch(steps, {number: drawn[number] for number in wanted})
+        for number in wanted:
+            self.rows[number].cache.keep()
+
+    def _launch(self, steps: Steps, drawn: dict[int, Tensor]) -> None:
+        """A recorded step that feeds every row what was drawn for it."""
+        positions = [self.rows[number].cache.feed_ahead()[0] for number in drawn]
+        for number, logits in zip(drawn, steps.feed(list(drawn), positions, list(drawn.values())), strict=True):
+            self.rows[number].logits = logits  # [V]
 
     def _feed(self, drawn: dict[int, int]) -> None:
         """One token into every row that was drawn for."""
@@ -168,6 +221,12 @@ class Engine:
         assert task is not None
         self.stop(number)
         task.end(error)
+
+
+def rows_alike(model: Transformer, rows: int) -> tuple[int, int]:
+    """The fewest rows of a step, and of its logits, that round as `rows` do: see `Linear.fewest_alike`."""
+    dtype, head = model.model.embed_tokens.weight.dtype, model.lm_head
+    return fewest_alike(model.model, rows, dtype), rows if head is None else fewest_alike(head, rows, dtype)
 
 
 def filled(rows: Tensor, batch: int) -> Tensor:

@@ -58,6 +58,8 @@ class LLM:
         self.checkpoint, self.model, self.plan, self.chunk, self.memory = checkpoint, model, plan, chunk, memory
         self.cache = plan.allocate(checkpoint.device)
         self.team: Team = checkpoint.team  # who counts and draws together
+        # Those of a server's many rows are its engine's business.
+        self.steps = checkpoint.recorded(model, self.cache) if plan.rows == 1 else None
         if plan.policy.needs_kinds:
             self.cache.kinds = torch.zeros(checkpoint.config.vocab_size, dtype=torch.uint8)
             self.cache.kinds[checkpoint.tokenizer.special_ids()] = SPECIAL

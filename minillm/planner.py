@@ -33,6 +33,8 @@ RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 <<
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
 CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
+CUBLAS_BYTES = 32 << 20  # that cuBLAS keeps for the stream of recordings: what torch gives it on compute capability 9.0
+CUT = 256  # slots of a program of attention, as backends/triton.py cuts them
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
 
@@ -67,6 +69,7 @@ class MemoryPlan:
     base: bytes it holds already.  chunk: tokens of a prompt that are read at once.  logit_rows: positions whose logits
     are computed together (1, or more where texts are scored).  promise: bytes that were promised not to be exceeded.
     reading: rows that read a chunk together; None: all.  requests: bytes that a server holds for its clients.
+    recorded: whether decode steps are recorded (backends/graph.py).
     """
 
     cache: CachePlan
@@ -78,6 +81,7 @@ class MemoryPlan:
     promise: int | None = None
     reading: int | None = None
     requests: int = 0
+    recorded: bool = False
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -208,6 +212,15 @@ class MemoryPlan:
         """The `memory` object of --json: bytes planned, held at most so far, and promised."""
         return {"planned": self.total, "peak": self.peak, "promise": self.promise}
 
+    @property
+    def recording(self) -> int:
+        """Bytes that recorded decode steps hold, see `recording_bytes`; 0 where none are recorded."""
+        if not self.recorded:
+            return 0
+        found, rows = sum(recording_bytes(self.cache).values()), self.cache.rows
+        found += CUBLAS_BYTES if self.device.type == "cuda" else 0
+        return found + (self._products(rows, rows) if self.weights.quantised and not self.weights.packed else 0)
+
     def _workspace(self) -> dict[str, int]:
         """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
 
@@ -216,6 +229,7 @@ class MemoryPlan:
         `attention_bytes`; beyond what is counted already, as the feed-forward has its turn later.  logits: those of one
         token and what is computed to draw the next one, or, three times in float32, those of the positions that are
         scored together.  products: of weights that are kept in 8 or 4 bits, where they do not come with fused.py.
+        recording: of decode steps, which nothing else can use.
         """
         plan, config = self.cache, self.cache.config
         item, heads = plan.dtype.itemsize, config.num_attention_heads + config.num_key_value_heads
@@ -232,15 +246,21 @@ class MemoryPlan:
                 width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
             )
         if self.weights.quantised and not self.weights.packed:
-            hidden = config.hidden_size
-            wide = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
-            parts["products"] = max(
-                product_bytes(rows * self.chunk, (wide, hidden)),
-                product_bytes(rows * self.chunk, (hidden, wide)),
-                product_bytes(plan.rows * self.logit_rows, (config.vocab_size, hidden)),
-            )
+            parts["products"] = self._products(rows * self.chunk, plan.rows * self.logit_rows)
+        if self.recorded:
+            parts["recording"] = self.recording
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
+
+    def _products(self, tokens: int, logits: int) -> int:
+        """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
+        config = self.cache.config
+        hidden, wide = config.hidden_size, max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+        return max(
+            product_bytes(tokens, (wide, hidden)),
+            product_bytes(tokens, (hidden, wide)),
+            product_bytes(logits, (config.vocab_size, hidden)),
+        )
 
     def _compiled(self) -> int:
         """Bytes of the kernels that oneDNN compiles."""
@@ -248,6 +268,34 @@ class MemoryPlan:
         if self.device.type != "cpu" or not (self.weights.packed or (narrow and cpu_has_bfloat16())):
             return 0
         return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
+
+
+def recording_bytes(plan: CachePlan) -> dict[str, int]:
+    """What recorded decode steps of all rows hold, see backends/graph.py; those of fewer rows lie in the same memory.
+
+    buffers: a token, a position and a row for each, and logits in float32.  step: the workspace of the widest step at
+    its widest moment, which graphs keep: numbers of a layer (see `MemoryPlan._workspace`) with angles in float64, and
+    what is allocated for kernels; or else the logits before they are copied.
+    Not counted, for nobody has measured it: how torch rounds what graphs allocate.
+    """
+    config, item, dim = plan.config, plan.dtype.itemsize, plan.config.head_dim
+    heads = config.num_attention_heads + config.num_key_value_heads
+    stream, angles = item * 3 * config.hidden_size, 64 * dim
+    layer = item * max(4 * heads * dim, 3 * config.intermediate_size) + kernel_bytes(plan)
+    logits = config.vocab_size * (item if item >= 4 else item + 4)
+    return {
+        "buffers": plan.rows * (3 * 8 + 4 * config.vocab_size),
+        "step": plan.rows * (stream + angles + max(layer, logits)),
+    }
+
+
+def kernel_bytes(plan: CachePlan) -> int:
+    """What backends/triton.py allocates for the kernels of a layer and row, at most: parts of the attention, with their
+    sums, or the codes of its queries.
+    """
+    slots = max(retention.slots for retention in plan.retentions)
+    codes = sum(kind.itemsize * sum(shape) for shape, kind in plan.policy.slot_state(plan.config).values())
+    return plan.config.num_attention_heads * max(-(-slots // CUT) * (plan.config.head_dim + 2) * 4, codes)
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class SamplingParams:
             raise SamplingError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: raise max_tokens")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
-                _check_number(name, count, 0, 20, "leave it out for none", whole=True)
+                _check_number(name, count, 0, MOST_LOGPROBS, "leave it out for none", whole=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that JSON can carry, for `from_json`."""
@@ -122,6 +122,10 @@ def _check_number(name: str, value: float, low: float, high: float, remedy: str,
         kind = "a whole number" if whole else "a number"
         limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         raise SamplingError(f"{name} {value} must be {kind} {limits}: {remedy}")
+
+
+MOST_LOGPROBS = 20
+MOST_FACTS = 3 + 2 * MOST_LOGPROBS  # numbers that `Sampler.draw` gives, at most
 
 
 class Sample(NamedTuple):
@@ -159,6 +163,7 @@ class Sampler:
         self._agree = agree
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V] in prompt or answer
         self._occurrences = torch.zeros(vocab_size, device=device)  # [V] in the answer
+        self._once = torch.ones(1, device=device)  # [1]
         for token_id in (*params.stop_token_ids, *params.logit_bias):
             if not 0 <= token_id < self._real_vocab:
                 raise SamplingError(
@@ -201,12 +206,15 @@ class Sampler:
         """Note the ids [T] (any integer type, any device) of a piece of the prompt, for the repetition penalty."""
         self._seen[ids.to(self._seen.device, torch.long)] = True
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor) -> Sample:
-        """Choose a token from float32 logits [V] (left as they are) and remember it.
+        """Choose a token from float32 logits [V]: `draw`, and `note` at once.  The host waits for the device once."""
+        return self.note(self.draw(logits).tolist())
 
-        The host waits for the device once, for everything at once.  Raises CheckpointError where the logits hold NaN or
-        infinity: they come from broken weights or an overflow, and every token would be noise.
+    @torch.inference_mode()
+    def draw(self, logits: Tensor) -> Tensor:
+        """Choose a token from float32 logits [V] (left as they are) and remember it, without the host knowing it.
+
+        What `note` makes a Sample of: float32 [at most MOST_FACTS] on the device, the token's id first.
         """
         logits = logits[: self._real_vocab]  # [V'] the real ids
         scores = self._adjust(logits)
@@ -219,23 +227,29 @@ class Sampler:
             top = logprobs.topk(min(self.params.logprobs, self._real_vocab))
             facts += [logprobs[facts[0]], top.values, top.indices]  # [1], [n], [n]
         # Ids survive the trip as float32: they are far below 2^24.  NaN and infinity show in the maximum.
-        chosen, peak, *rest = self._agree(torch.cat([fact.float() for fact in facts])).tolist()
+        drawn = self._agree(torch.cat([fact.float() for fact in facts]))  # [2], or [3 + 2n]
+        token = drawn[:1].long()  # [1]
+        self._seen.index_fill_(0, token, True)
+        self._occurrences.index_add_(0, token, self._once)
+        self._count += 1
+        return drawn
+
+    def note(self, drawn: Sequence[float]) -> Sample:
+        """What was drawn, once the host has it.
+
+        Raises CheckpointError where the logits held NaN or infinity: they come from broken weights or an overflow, and
+        every token would be noise.
+        """
+        chosen, peak, *rest = drawn
         if not math.isfinite(peak):
             raise CheckpointError(
                 f"the model's logits hold {peak}: the weights are damaged or overflow in this dtype; try float32"
             )
-        token_id = int(chosen)
-        self._record(token_id)
         if self.params.logprobs is None:
-            return Sample(token_id, None, [])
+            return Sample(int(chosen), None, [])
         logprob, *pairs = rest
         half = len(pairs) // 2
-        return Sample(token_id, logprob, [(int(i), v) for v, i in zip(pairs[:half], pairs[half:], strict=True)])
-
-    def _record(self, token_id: int) -> None:
-        self._count += 1
-        self._seen[token_id] = True
-        self._occurrences[token_id] += 1
+        return Sample(int(chosen), logprob, [(int(i), v) for v, i in zip(pairs[:half], pairs[half:], strict=True)])
 
     def _adjust(self, logits: Tensor) -> Tensor:
         """Steps 3 and 4: logits [V'] -> scores [V'], a new tensor."""

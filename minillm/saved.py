@@ -38,6 +38,7 @@ def session_bytes(session: Session) -> int:
 @torch.inference_mode()
 def save_session(session: Session, path: Path) -> None:
     """Write the file at once or not at all.  Raises SessionError where it cannot be written."""
+    session.llm.cache.take_back_()
     for layer in session.llm.cache.layers:
         empty = layer.positions == NOTHING  # [B, Hkv, S]
         for name in ("keys", "values", "scales", "flags", *layer.slot_state):

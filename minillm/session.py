@@ -204,17 +204,19 @@ class Session:
         load_session(self, Path(path))
 
     def fork(self) -> Session:
-        """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more.
+        """A copy that goes its own way, in a second LLM over the same model: takes `llm.plan.nbytes` bytes more, and
+        what recorded steps take.
 
         Raises BudgetError where that would break the promise of `memory`.
         """
         self._require_cache()
         llm = copy(self.llm)
         if llm.memory is not None:
-            llm.memory = replace(llm.memory, base=llm.memory.base + llm.plan.nbytes)
+            llm.memory = replace(llm.memory, base=llm.memory.base + llm.plan.nbytes + llm.memory.recording)
             llm.memory.require()
         llm.cache, llm.owner = llm.plan.allocate(llm.checkpoint.device), None
         llm.cache.kinds = self.llm.cache.kinds
+        llm.steps = llm.checkpoint.recorded(llm.model, llm.cache)
         other = Session(llm, self.params)
         copy_session_(self, other)
         return other

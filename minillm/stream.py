@@ -1,11 +1,13 @@
-"""An answer as an iterator over its text, computed by the loop of generate.py while it is asked for."""
+"""An answer as an iterator over its text, computed by the loop of generate.py or ahead.py while it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
+from .ahead import generate_ahead
 from .answer import Answer
 from .errors import PromptError
 from .generate import generate
@@ -55,7 +57,8 @@ class Stream(Iterator[str]):
         answer, llm = self.answer, self.answer.llm
         self._require_cache()
         answer.begin()
-        samples = generate(
+        decode = generate if llm.steps is None else partial(generate_ahead, llm.steps)
+        samples = decode(
             llm.model,
             llm.cache,
             answer.prompt,
@@ -78,6 +81,7 @@ class Stream(Iterator[str]):
         except (Exception, KeyboardInterrupt):
             llm.owner = None  # a forward pass was cut in the middle: nobody may go on with what is in the cache
             raise
+        llm.cache.take_back_()
         text = answer.close(aborted=self._stopping and not answer.over)
         if text:
             yield text

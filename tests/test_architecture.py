@@ -43,7 +43,7 @@ FLOORS = (
     ("model", "budget"),
     ("fused",),
     ("generate", "inventory", "loader", "parallel", "snapshot", "fingerprint"),
-    ("planner",),
+    ("planner", "ahead"),
     ("hub", "engine"),
     ("checkpoint", "results", "answer", "stream", "saved", "session"),
     ("llm", "shapes", "breakdown", "bench"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +59,8 @@ class Job:
 class Reads64(Sampler):
     """Draws from float64, too."""
 
-    def sample(self, logits: Tensor) -> Sample:
-        return super().sample(logits.to(torch.float32))
+    def draw(self, logits: Tensor) -> Tensor:
+        return super().draw(logits.to(torch.float32))
 
 
 def params(number: int) -> SamplingParams:
@@ -232,7 +232,7 @@ def test_what_one_task_does_wrong_ends_that_task_alone() -> None:
             raise CheckpointError("no")
 
     class Overflows(Sampler):
-        def sample(self, logits: Tensor) -> Sample:  # noqa: ARG002
+        def note(self, drawn: Sequence[float]) -> Sample:  # noqa: ARG002
             raise CheckpointError("NaN")
 
     good, refused, broken = job(0, 30), job(1, 30), job(2, 5)

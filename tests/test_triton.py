@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import torch
 
 from minillm import ConfigError
 from minillm.checkpoint import choose_backend, triton_missing
+
+from .serving import serving
+from .tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -36,6 +40,26 @@ def test_every_kernel_beside_the_reference() -> None:
     assert "passed" in told
     assert "skipped" not in told
     print(told)
+
+
+def test_a_server_replays_its_steps(tmp_path: Path) -> None:
+    """Clients get the same at a time and one after the other, and a session has seen what it was told."""
+    pytest.importorskip("triton", reason=ABSENT)
+    pytest.importorskip("uvicorn", reason="pip install 'minillm[serve]'")
+    model = write_checkpoint(tmp_path / "tiny")
+    options = ("--model", model, "--backend", "triton", "--device", "cpu", "--dtype", "float32", "--budget", 24)
+    with serving(*options, "--rows", 2, "--prefixes", 1, env={"TRITON_INTERPRET": "1"}) as server:
+
+        def ask(number: int) -> str:
+            drawn = {"temperature": 0.9, "seed": number, "max_tokens": 8 + number, "ignore_eos": True}
+            return str(server.complete("the dog sat on the mat and the cat " * number, **drawn)["choices"][0]["text"])
+
+        with ThreadPoolExecutor(3) as clients:
+            together = list(clients.map(ask, range(1, 4)))
+        assert together == [ask(number) for number in range(1, 4)]
+        server.complete("once upon a time", session="max", max_tokens=5, ignore_eos=True)
+        read = server.request("/tokenize", {"prompt": "once upon a time"})[1]["count"]
+        assert server.request("/v1/sessions/max")[1]["seen_tokens"] == read + 4  # the last one drawn is never fed
 
 
 @pytest.mark.slow

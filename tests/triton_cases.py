@@ -5,6 +5,10 @@ Interpreted by test_triton.py, in a process of its own with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +16,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import LLM, CheckpointError, ConfigError, ContextFullError
-from minillm.backends import reference, triton
-from minillm.backends.graph import Cuda, Eager, Recorder, Steps
+from minillm import LLM
+from minillm.ahead import generate_ahead
+from minillm.backends import kernels, kernels_attend, reference, triton
+from minillm.backends.graph import Eager, Steps, recorder_for, refusal
+from minillm.budget import CachePlan
 from minillm.cache import CacheRows, KVCache, PositionMode
+from minillm.cli.main import main
 from minillm.config import ModelConfig
+from minillm.engine import Engine
 from minillm.eviction import Retention
+from minillm.generate import generate
 from minillm.model import Attention, Transformer
+from minillm.planner import kernel_bytes, recording_bytes
 from minillm.policies import make_policy
+from minillm.sampling import Sampler, SamplingParams
 from minillm.slots import PINNED, LayerCache, Span
 
 from .helpers import kept_positions, make_cache, run, tiny_config, tiny_model
+from .test_engine import VOCAB, alone, cache_for, job
+from .test_engine import run as run_jobs
+from .test_memory_plan import Living
+from .tiny_checkpoint import write_checkpoint
 
 INTERPRETED = triton.missing(torch.device("cpu")) is None
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -367,8 +382,8 @@ def test_the_embedded_model() -> None:
 # --- recorded steps ---------------------------------------------------------------------------------------------------
 
 
-def recorder(rows: int) -> Recorder:
-    return Eager() if INTERPRETED else Cuda(rows)
+def steps_of(model: Transformer, cache: KVCache, **options: int) -> Steps:
+    return Steps(model, cache, recorder_for(DEVICE, cache.rows), **options)
 
 
 def read_prompt(model: Transformer, view: KVCache, length: int) -> int:
@@ -386,42 +401,117 @@ def told_alone(cache: KVCache, row: int, length: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["absolute", "window"])
 def test_rows_that_come_and_go(mode: PositionMode) -> None:
-    """Three rows in batches of 1, 2 and 3, read one step late: what each would have said alone, and the same cache."""
+    """Three rows in batches of 1, 2 and 3: what each would have said alone, and the same cache."""
     config = tiny_config(max_position_embeddings=20)
     model, options = on_triton(model_of(config)), {"slots": 16, "rows": 3, "evict_every": 2, "position_mode": mode}
     cache, alone = (cache_of(model, "hashevict-plus", **options) for _ in range(2))  # type: ignore[arg-type]
-    steps = Steps(model, cache, recorder(3))
-    addresses = [tensor.data_ptr() for tensor in (steps._tokens, steps._positions, steps._rows, steps._drawn)]
+    steps, views = steps_of(model, cache), [cache.row(row) for row in range(3)]
+    assert list(steps._replays) == [1, 2, 3]
+    addresses = [tensor.data_ptr() for tensor in steps.buffers]
     answers: dict[int, list[int]] = {}
-    for row, length, following in ((2, 15, 2), (0, 18, 2), (1, 3, 3)):
-        view = cache.row(row)
-        answers[row] = [read_prompt(model, view, length)]
-        steps.enter(row, view, answers[row][0])
-        for _ in range(following):
-            for other, token in steps.step().items():
-                answers[other].append(token)
-        if row == 0:
-            steps.leave(2)
-    for other, token in steps.finish().items():
-        answers[other].append(token)
-    for row, length, drawn, said in ((2, 15, 5, 4), (0, 18, 6, 6), (1, 3, 4, 4)):  # row 2 left with one unread
-        assert len(answers[row]) == said
-        assert answers[row] == told_alone(alone, row, length, drawn)[:said]
+    lengths = {2: 15, 0: 18, 1: 3}
+    for drawing in ([2], [2], [2, 0], [2, 0], [0, 1], [0, 1], [1, 0]):
+        for row in drawing:
+            answers[row] = answers.get(row) or [read_prompt(model, views[row], lengths[row])]
+        positions = [views[row].feed_ahead()[0] for row in drawing]
+        drawn = [torch.tensor([float(answers[row][-1])], device=DEVICE) for row in drawing]
+        for row, logits in zip(drawing, steps.feed(drawing, positions, drawn), strict=True):
+            views[row].keep()
+            answers[row].append(int(logits.argmax()))
+    for row, length in lengths.items():
+        count = len(answers[row])
+        assert answers[row] == told_alone(alone, row, length, count)
     assert kept_positions(cache) == kept_positions(alone)
-    assert addresses == [tensor.data_ptr() for tensor in (steps._tokens, steps._positions, steps._rows, steps._drawn)]
+    assert addresses == [tensor.data_ptr() for tensor in steps.buffers]
 
 
-def test_what_a_row_drew_before_it_left_is_not_its_successors() -> None:
-    model = on_triton(model_of())
-    cache = cache_of(model, "window", slots=16, rows=2)
-    steps, view = Steps(model, cache, recorder(2)), cache.row(1)
-    steps.enter(1, view, 5)
-    assert steps.step() == {}
-    steps.leave(1)
-    view.reset()
-    steps.enter(1, view, 6)
-    assert steps.step() == {}
-    assert set(steps.finish()) == {1}
+class Pair:
+    """The same sequence by generate.py and by recorded steps, the kernels in both; 17 tokens are read already."""
+
+    def __init__(self, policy: str) -> None:
+        config = tiny_config(num_hidden_layers=1, max_position_embeddings=20)
+        self.model = on_triton(model_of(config))
+        options: dict[str, Any] = {"slots": 16, "evict_every": 3, "position_mode": "window"}
+        self.begun, *self.caches = (cache_of(self.model, policy, **options) for _ in range(3))
+        read_prompt(model_of(config), self.begun, 17)
+        self.steps = steps_of(self.model, self.caches[1])
+
+    def tell(self, count: int, *, again: bool = True, **rules: Any) -> list[int]:
+        """The same answer from both, of which `count` tokens are looked at; then the caches are the same, too."""
+        told, rules = [], {"seed": 1, "temperature": 0.9, "ignore_eos": True, **rules}
+        for cache in self.caches:
+            if again:
+                cache.copy_(self.begun)
+            arguments: Any = (
+                self.model,
+                cache,
+                torch.tensor([9]),
+                Sampler(SamplingParams(**rules), 97, 97, (2,), DEVICE),
+            )
+            ahead = cache is self.caches[1]
+            samples = (
+                generate_ahead(self.steps, *arguments, max_tokens=99) if ahead else generate(*arguments, max_tokens=99)
+            )
+            told.append([sample for sample, _ in zip(samples, range(count), strict=False)])
+            cache.take_back_()
+        assert told[0] == told[1]
+        ours, theirs = self.caches
+        assert ours.seen == theirs.seen
+        for layer, other in zip(ours.layers, theirs.layers, strict=True):
+            live = layer.positions >= 0
+            for name in ("positions", "free", *layer.state):
+                assert torch.equal(layer.tensors()[name], other.tensors()[name]), name
+            for name in ("keys", "values", "flags"):
+                assert torch.equal(layer.tensors()[name][live], other.tensors()[name][live]), name
+        return [sample.token_id for sample in told[0]]
+
+
+@pytest.mark.parametrize("policy", EVERY_RULE)
+def test_an_answer_may_end_at_any_token(policy: str) -> None:
+    """By a stop token, or because nobody listens, in every phase of evict_every; and the sequence goes on."""
+    pair = Pair(policy)
+    ids = pair.tell(5)  # at positions 18 to 22: the second one pushes others out
+    for last in (1, 2, 3):
+        for stop in ((), (ids[last],)):
+            told = pair.tell(99 if stop else last, stop_token_ids=stop)
+            assert told == ids[: ids.index(ids[last]) + 1 if stop else last]
+            pair.tell(1, again=False)
+
+
+def test_an_engine_replays_what_it_draws() -> None:
+    """Rows that come and go, beside a row that is not its own; greedy and drawn by lot: as generate.py gives them."""
+    model = on_triton(model_of(tiny_config(vocab_size=VOCAB)))
+    cache = cache_for(model, "hashevict-plus", 3, slots=16)
+    engine = Engine(model, cache, chunk=16, rows=2, steps=Steps(model, cache, Eager(), rows=2, fewest=2))
+    jobs = [job(n, length, max_tokens=6 - n, start_at=2 * n) for n, length in enumerate((14, 2, 3))]
+    run_jobs(engine, [jobs[0], job(9, 3, leave_after=2), *jobs[1:]])
+    for one in jobs:
+        assert one.ids == alone(model, "hashevict-plus", one, 16, slots=16)
+
+
+@pytest.mark.parametrize("policy", ["hashevict-plus", "h2o"])
+def test_a_session_is_told_saved_and_copied_as_ever(policy: str, tmp_path: Path) -> None:
+    """By the front door: text, usage, and the very bytes of a saved session; a copy has recordings of its own."""
+    options: dict[str, Any] = {"backend": "triton", "dtype": "float32", "device": DEVICE.type, "policy": policy}
+    llm = LLM.load(str(write_checkpoint(tmp_path / "tiny")), budget=12, evict_every=3, **options)
+    assert (llm.steps is not None) == (policy == "hashevict-plus")
+    other, told = LLM(llm.checkpoint, llm.model, llm.plan), []
+    other.steps = None
+    for number, one in enumerate((llm, other)):
+        session = one.session(seed=3, temperature=0.7, ignore_eos=True)
+        stream = session.generate("the mat and", max_tokens=9, stop=("zz",))
+        first = [next(stream), next(stream)]
+        session.save(tmp_path / f"{number}.half")  # while it is being told
+        first += list(stream)
+        session.save(tmp_path / f"{number}.whole")
+        copy = session.fork()
+        assert copy.llm.steps is None or copy.llm.steps is not one.steps
+        more = [one.generate(max_tokens=2).finish() for one in (copy, session)]
+        assert more[0].token_ids == more[1].token_ids
+        told.append((first, stream.result.token_ids, stream.result.usage, more[1].token_ids, more[1].usage))
+    assert told[0] == told[1]
+    for name in ("half", "whole"):
+        assert (tmp_path / f"0.{name}").read_bytes() == (tmp_path / f"1.{name}").read_bytes()
 
 
 class NoHost(TorchDispatchMode):
@@ -442,15 +532,22 @@ def test_the_guard_can_fail() -> None:
 
 
 @pytest.mark.parametrize("policy", [*EVERY_RULE, "full"])
-def test_no_host_value_in_a_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that fill, settle, evict and idle; lists and numbers that dispatch would not see are refused by name."""
+def test_no_host_value_from_one_step_to_the_next(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill, settle, evict and idle are fed what is drawn from their logits, by every rule of sampling.
+
+    Lists and numbers that dispatch would not see are refused by name.
+    """
     model = on_triton(model_of(tiny_config(max_position_embeddings=20)))
     cache = cache_of(model, policy, slots=16, rows=3, evict_every=2, position_mode="window")
-    steps = Steps(model, cache, recorder(3))
-    for row, length in ((0, 16), (1, 3)):
-        if policy != "full" or length < 16:
-            view = cache.row(row)
-            steps.enter(row, view, read_prompt(model, view, length))
+    steps, starts = steps_of(model, cache), {0: 15 if policy != "full" else 9, 2: 3}
+    everything: dict[str, Any] = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "logit_bias": {1: 1.0}}
+    everything |= {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "min_tokens": 2}
+    samplers = [
+        Sampler(SamplingParams(seed=1, **rules), 97, 90, (2,), DEVICE) for rules in ({}, everything | {"logprobs": 3})
+    ]
+    for row, length in starts.items():
+        read_prompt(model, cache.row(row), length)
+    drawn = [torch.ones(2, device=DEVICE) for _ in starts]
 
     def refuse(*_: object) -> None:
         raise AssertionError("the host asks for a value")
@@ -458,38 +555,70 @@ def test_no_host_value_in_a_step(policy: str, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patched, torch.inference_mode(), NoHost():
         for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "cpu"):
             patched.setattr(torch.Tensor, name, refuse)
-        for _ in range(3):
-            steps._step(3)
+        for step in range(4):
+            positions = [length + step for length in starts.values()]
+            logits = steps.feed(list(starts), positions, drawn)
+            drawn = [sampler.draw(one) for sampler, one in zip(samplers, logits, strict=True)]
+            steps.fetch(drawn)
+    samples = [sampler.note(facts) for sampler, facts in zip(samplers, steps.fetch(drawn)(), strict=True)]
+    assert [len(sample.top) for sample in samples] == [0, 3]
 
 
-def test_recording_leaves_no_trace() -> None:
-    model = on_triton(model_of())
-    cache = cache_of(model, "hashevict", slots=16, rows=2)
-    before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors().values()]
-    Steps(model, cache, recorder(3))
-    after = [tensor for layer in cache.layers for tensor in layer.tensors().values()]
-    assert all(map(torch.equal, before, after))
+def test_what_is_not_recorded_is_said() -> None:
+    model = model_of()
+    for policy in ("h2o", "keydiff", "fastgen"):
+        found = refusal(cache_of(model, policy), torch.float32)
+        assert found is not None
+        assert f"policy '{policy}' with its options needs the host" in found
+    for policy in EVERY_RULE:
+        assert refusal(cache_of(model, policy), torch.float32) is None
+        assert refusal(cache_of(model, policy), torch.float64) is not None
 
 
-def test_what_cannot_be_recorded_is_refused() -> None:
-    model = on_triton(model_of())
-    for policy in ("h2o", "keydiff"):
-        with pytest.raises(ConfigError, match=f"policy '{policy}' .* needs the host in every step"):
-            Steps(model, cache_of(model, policy), recorder(3))
+@pytest.mark.parametrize("policy", [*EVERY_RULE, "full"])
+def test_recordings_hold_what_the_plan_says(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers to the byte, what is allocated for kernels to the byte, and all that lives in a step at most.
+
+    Nothing is launched: the interpreter would copy what it is given.
+    """
+    for module, name in ((kernels, "enter"), (kernels_attend, "attend"), (kernels_attend, "join")):
+        monkeypatch.setattr(module, name, defaultdict(lambda: lambda *_, **__: None))
+    config = tiny_config(vocab_size=2000, head_dim=32)
+    for dtype, rows, slots in product((torch.float32, torch.bfloat16), (1, 5), (40, 600)):
+        budget = None if policy == "full" else slots
+        plan = CachePlan.of(config, budget=budget, whole=slots, dtype=dtype, policy=policy, rows=rows)
+        cache, model = plan.allocate(DEVICE), on_triton(tiny_model(config, dtype)).to(DEVICE)
+        steps, planned = steps_of(model, cache), recording_bytes(plan)
+        assert sum(tensor.nbytes for tensor in steps.buffers) == planned["buffers"]
+        with torch.inference_mode(), Living() as living:
+            steps._step(rows)
+        assert living.most <= planned["step"], (dtype, rows, slots)
+        q, k = (torch.randn(rows, heads, 1, 32, device=DEVICE, dtype=dtype) for heads in (4, 2))
+        now = torch.full((rows, 1), -1, device=DEVICE)
+        with torch.inference_mode(), Living() as living:
+            triton.attend_slots(cache.layers[0], q, now, None)
+        attending = living.most - q.nbytes  # the result is one of the numbers of a layer
+        with torch.inference_mode(), Living() as living:
+            triton.enter_(cache.layers[0], q, k, k, Span(now, now, (), 1))
+        assert max(attending, living.most) == kernel_bytes(plan) * rows, (dtype, rows, slots)
 
 
-def test_a_full_cache_and_broken_logits_are_said() -> None:
-    model = on_triton(model_of())
-    cache = cache_of(model, "full", slots=16)
-    steps, view = Steps(model, cache, recorder(3)), cache.row(0)
-    steps.enter(0, view, read_prompt(model, view, 15))
-    steps.step()
-    with pytest.raises(ContextFullError, match="never evicts"):
-        steps.step()
-    model.model.norm.weight.fill_(float("nan"))
-    cache.reset()
-    steps = Steps(model, cache, recorder(3))
-    steps.enter(0, cache.row(0), 5)
-    steps.step()
-    with pytest.raises(CheckpointError, match="not finite"):
-        steps.finish()
+@pytest.mark.parametrize(("policy", "replayed", "served"), [("window", 1.0, 1.0), ("keydiff", 0.0, 1 / 3)])
+def test_a_benchmark_says_what_was_replayed(
+    policy: str,
+    replayed: float,
+    served: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minillm.machine.BUFFER_NUMBERS", 1 << 16)
+    options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy, "--rows", "2"]
+    options += ["--model", str(write_checkpoint(tmp_path / "tiny")), "--tokens", "2"]
+    assert main(["bench", "--context", "9", "--budget", "8", "--rounds", "1", *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any(f"{replayed:.0%} of decode steps were replayed" in line for line in told)
+    case = json.loads(told[-1])["cases"][0]
+    assert (case["graph_coverage"], case["kernel_coverage"]) == (replayed, pytest.approx(served))
+    assert case["decode_tokens_per_s"] > 0
+    assert case["shares"]["hashing"] > 0

@@ -1,31 +1,31 @@
 """Decode steps recorded once and replayed: a CUDA graph for each number of rows, and no host value in any of them.
 
-A step feeds every row the token that it drew last, draws the next one, and moves all positions on by one; what it reads
-and writes lies at addresses that never change.  Which rows are due for an eviction only the kernels find out
-(triton.py).  The host launches step n + 1 before it reads what step n drew, so that neither waits for the other: a row
-that ends by what it drew has been fed that token as well.  That is for rows whose cache is given up then, not for
-sessions.
+A step feeds every row one token and leaves the logits of what comes next; all that it reads and writes lies at
+addresses that never change.  Which rows are due for an eviction only the kernels find out (triton.py).  Tokens are
+drawn outside (sampling.py), put into place without the host having seen them, and read while the next step runs:
 
-Everything but the recording itself runs on a CPU, too (`Eager`).  Drawing is greedy: samplers live on the host.
+    drawn = sampler.draw(logits[0])              # on the device
+    read = steps.fetch([drawn])                  # on its way to the host
+    logits = steps.feed([0], [position], [drawn])  # launched
+    sample = sampler.note(read()[0])             # waits for the copy, not for the step
+
+Who may feed a token before it is known is for the loops to say (ahead.py, engine.py).  Everything but the recording
+itself runs on a CPU, too (`Eager`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..errors import CheckpointError, ConfigError
+from ..sampling import MOST_FACTS
 from ..slots import NOTHING, LayerRows, Span
-from . import triton
-
-BROKEN = -1  # what is drawn from logits that are no numbers
-Drawn = dict[int, int]  # row of the cache -> token id
-Unread = tuple[list[int | None], Callable[[], list[int]]]  # whose ids these will be; None has left
 
 
 class Rows(NamedTuple):
@@ -46,13 +46,13 @@ class Model(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes a replay of a step, and fetches what it drew."""
+    """Makes a replay of a step, and fetches what was drawn."""
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """What repeats the step.  It may run in the meantime: every row is idle."""
 
-    def fetch(self, ids: Tensor) -> Callable[[], list[int]]:
-        """What waits until ids [B], as they are at this moment, are on the host, and returns them."""
+    def fetch(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """What waits until numbers [n], as they are at this moment, are on the host; to be read before the next."""
 
 
 class Eager:
@@ -63,9 +63,9 @@ class Eager:
         step()
         return step
 
-    def fetch(self, ids: Tensor) -> Callable[[], list[int]]:
+    def fetch(self, numbers: Tensor) -> Callable[[], list[float]]:
         """A copy."""
-        copy: Callable[[], list[int]] = ids.clone().tolist
+        copy: Callable[[], list[float]] = numbers.clone().tolist
         return copy
 
 
@@ -74,127 +74,129 @@ class Cuda:
 
     def __init__(self, rows: int) -> None:
         self._pool: torch.cuda._POOL_HANDLE | None = None
-        self._held = [torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)]  # one is being read
+        self._stream = torch.cuda.Stream()  # one for all, as cuBLAS keeps a workspace for each
+        self._held = torch.empty(rows * MOST_FACTS, pin_memory=True)
+        self._copied = torch.cuda.Event()
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Run twice, so that kernels are compiled and libraries have what they keep; then capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
         self._pool = graph.pool()
         return graph.replay
 
-    def fetch(self, ids: Tensor) -> Callable[[], list[int]]:
+    def fetch(self, numbers: Tensor) -> Callable[[], list[float]]:
         """Into pinned memory, after what was launched before and beside what comes next."""
-        self._held.reverse()
-        held, event = self._held[0][: len(ids)], torch.cuda.Event()
-        held.copy_(ids, non_blocking=True)
-        event.record()
+        held = self._held[: len(numbers)]
+        held.copy_(numbers, non_blocking=True)
+        self._copied.record()
 
-        def read() -> list[int]:
-            event.synchronize()
+        def read() -> list[float]:
+            self._copied.synchronize()
             return held.tolist()
 
         return read
 
 
 class Steps:
-    """Rows of one cache that decode together: `enter`, then `step` again and again, `leave`; `finish` reads the rest.
+    """Decode steps of some rows of one cache.  Recorded when it is made: nothing is allocated later.
 
-    Worked example: rows 2 and 0 enter with the tokens a and b.  The first step() feeds a and b, draws c and d, and
-    returns {}; the second feeds c and d and returns {2: c, 0: d}.
+    Invariant: row and position of every place in the batch lie on the device, as `_places` says; a step moves all
+    positions on by one, so that only rows that come, leave or were taken back are told to the device.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Model, cache: KVCache, recorder: Recorder, *, real_vocab: int | None = None) -> None:
-        """Record a step for 1, 2, 4, ... rows, up to the cache's.  real_vocab: ids that may be drawn.
+    def __init__(
+        self, model: Model, cache: KVCache, recorder: Recorder, *, rows: int | None = None, fewest: int = 1
+    ) -> None:
+        """Record a step for every batch: `fewest` rows, the powers of two above, and `rows` (None: the cache's).
 
-        Raises ConfigError where a step needs the host.
+        fewest: so many round as `rows` do, see `engine.rows_alike`; places that nobody takes are idle.
         """
-        self._model, self._cache, self._recorder, self._real_vocab = model, cache, recorder, real_vocab
-        for layer in cache.layers:
-            dtype = torch.float32 if layer.scales is not None else layer.values.dtype
-            if not triton.serves_step(layer, dtype):
-                raise ConfigError(
-                    f"policy '{cache.policy.name}' with its options, in {dtype}, needs the host in every step, so no "
-                    "step can be recorded; choose hashevict-plus, hashevict, hashevict-key or window, in 16 or 32 bits"
-                )
-        most, device = cache.rows, cache.device
+        self._model, self._cache, self._recorder = model, cache, recorder
+        most, device = rows or cache.rows, cache.device
         self._tokens = torch.zeros(most, 1, dtype=torch.int64, device=device)  # [B, 1], to be fed
         self._positions = torch.full((most, 1), NOTHING, device=device)  # [B, 1], where
         self._rows = torch.zeros(most, dtype=torch.int64, device=device)  # [B], of the cache
-        self._drawn = torch.zeros(most, dtype=torch.int64, device=device)  # [B]
-        self._views: dict[int, KVCache] = {}  # by row of the cache, in the order of the batch
-        self._unread: Unread | None = None
-        batches = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
-        self._replays = {batch: recorder.record(partial(self._step, batch)) for batch in reversed(batches)}
+        self._logits = torch.zeros(most, cache.config.vocab_size, device=device)  # [B, V] float32
+        self._places = [(0, NOTHING)] * most  # row and position
+        powers = (1 << power for power in range(most.bit_length()))
+        batches = sorted({fewest, *(power for power in powers if power > fewest), most})
+        # The largest first: the others find room in its memory.
+        replays = {batch: recorder.record(partial(self._step, batch)) for batch in reversed(batches)}
+        self._replays = dict(sorted(replays.items()))
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What lies there from the start: tokens [B, 1], positions [B, 1], rows [B], logits [B, V]."""
+        return self._tokens, self._positions, self._rows, self._logits
 
     def _step(self, batch: int) -> None:
         """What is recorded.  Rows at NOTHING see nothing, are written nowhere, and stay there."""
         at = self._positions[:batch]  # [B, 1]
         layers = tuple(LayerRows(layer, self._rows[:batch], ()) for layer in self._cache.layers)
         hidden = self._model(self._tokens[:batch], Span(at, at, (), 1), Rows(layers, self._cache.trained))
-        best, drawn = self._model.logits(hidden[:, -1])[:, : self._real_vocab].max(-1)  # [B]
-        self._tokens[:batch, 0] = drawn
-        self._drawn[:batch] = torch.where(best.isfinite(), drawn, BROKEN)
+        self._logits[:batch].copy_(self._model.logits(hidden[:, -1]))  # [B, V]
         at += at >= 0
 
     @torch.inference_mode()
-    def enter(self, row: int, view: KVCache, token: int) -> None:
-        """A row of the cache, see `KVCache.row`, whose next token this is."""
-        assert row not in self._views, "a row enters once"
-        place = len(self._views)
-        self._views[row] = view
-        self._tokens[place], self._positions[place], self._rows[place] = token, view.seen[0], row
+    def feed(self, rows: Sequence[int], positions: Sequence[int], drawn: Sequence[Tensor]) -> Tensor:
+        """Launch a step: the token that each `drawn` begins with, see `Sampler.draw`, enters its row at its position.
 
-    @torch.inference_mode()
-    def leave(self, row: int) -> None:
-        """The row takes part no more; the last one takes its place."""
-        order = list(self._views)
-        place, last = order.index(row), len(order) - 1
-        for tensor in (self._tokens, self._positions, self._rows):
-            tensor[place] = tensor[last]
-        self._positions[last] = NOTHING
-        order[place] = order[last]
-        self._views = {other: self._views[other] for other in order[:last]}
-        if self._unread is not None:  # another sequence may enter with its number
-            rows, read = self._unread
-            self._unread = [None if other == row else other for other in rows], read
-
-    @torch.inference_mode()
-    def step(self) -> Drawn:
-        """Launch a step of all rows; what the one before drew.
-
-        Raises ContextFullError before, and CheckpointError after, as `KVCache.append` and `Sampler.sample` do.
+        Logits [n, V] of these rows, in the same memory until the next step; the host waits for nothing.
         """
-        for view in self._views.values():
-            view.check_room(1)
-        for view in self._views.values():
-            view.seen = [view.seen[0] + 1]
-        count = len(self._views)
-        self._replays[min(batch for batch in self._replays if batch >= count)]()
-        drawn = self._recorder.fetch(self._drawn[:count])
-        before, self._unread = self._unread, ([*self._views], drawn)
-        return self._read(before)
+        count = len(rows)
+        batch = next(batch for batch in self._replays if batch >= count)
+        wanted = [*zip(rows, positions, strict=True), *[(0, NOTHING)] * (batch - count)]
+        for place, (row, position) in enumerate(wanted):
+            if self._places[place] != (row, position):
+                self._rows[place].fill_(row)
+                self._positions[place].fill_(position)
+        self._tokens[:count, 0].copy_(torch.cat([one[:1] for one in drawn]))
+        self._replays[batch]()
+        self._places[:batch] = [(row, position + (position >= 0)) for row, position in wanted]
+        return self._logits[:count]
 
-    def finish(self) -> Drawn:
-        """What the last step drew."""
-        before, self._unread = self._unread, None
-        return self._read(before)
+    @torch.inference_mode()
+    def fetch(self, drawn: Sequence[Tensor]) -> Callable[[], list[list[float]]]:
+        """What gives the numbers of every `drawn` to the host; it waits for what was launched before, and no more."""
+        read = self._recorder.fetch(torch.cat(tuple(drawn)))
 
-    def _read(self, unread: Unread | None) -> Drawn:
-        if unread is None:
-            return {}
-        rows, read = unread
-        found = {row: token for row, token in zip(rows, read(), strict=True) if row is not None}
-        if BROKEN in found.values():
-            raise CheckpointError(
-                "the model's logits are not finite: the weights are damaged or overflow in this dtype; try float32"
-            )
-        return found
+        def parts() -> list[list[float]]:
+            numbers = iter(read())
+            return [list(islice(numbers, len(one))) for one in drawn]
+
+        return parts
+
+
+def recorder_for(device: torch.device, rows: int) -> Recorder:
+    """Graphs on CUDA; elsewhere, where kernels are interpreted, the steps themselves."""
+    return Cuda(rows) if device.type == "cuda" else Eager()
+
+
+def refusal(cache: KVCache, dtype: torch.dtype) -> str | None:
+    """Why no step of this cache, computed in dtype, can be recorded; None where it can.  A cache on meta will do."""
+    from . import triton
+
+    if cache.policy.needs_kinds or not all(triton.serves_step(layer, dtype) for layer in cache.layers):
+        return f"policy '{cache.policy.name}' with its options needs the host in every step"
+    return None
+
+
+def served_by(cache: KVCache, dtype: torch.dtype) -> dict[str, str]:
+    """Who evicts, writes and attends in a step of one token computed in dtype: "triton", or else "torch".
+
+    Of the layer with the most slots; all are alike in what else decides it: policy, dtype and width of a head.
+    """
+    from . import triton
+
+    layer = max(cache.layers, key=lambda layer: layer.retention.slots)
+    whole = triton.serves_step(layer, dtype)
+    served = {"eviction": whole, "write": whole, "attention": triton.serves_attention(layer, dtype)}
+    return {what: "triton" if kernels else "torch" for what, kernels in served.items()}

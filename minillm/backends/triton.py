@@ -166,6 +166,15 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
     return gone
 
 
+def evict_one_(layer: LayerCache, query: Tensor, key: Tensor, now: Tensor, *, settle: bool) -> None:
+    """What `eviction.evict_` does, as a step of one token does it: where that is a kernel, it writes the token, too."""
+    if not serves_step(layer, query.dtype):
+        return evict_(layer, query, key, now, settle=settle)
+    q, k, at = query[:, :, None], key[:, :, None], now[:, None]  # [B, H, 1, D], [B, Hkv, 1, D], [B, 1]
+    enter_(layer, q, k, k, Span(at, at, (), 1))  # any numbers will do for its value
+    return None
+
+
 def attend_slots(
     layer: LayerSlots, q: Tensor, positions: Tensor, q_far: Tensor | None, gone: Gone | None = None
 ) -> Tensor:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     memory = max(plans, key=lambda plan: plan.total)  # one case has a cache at a time
     memory.require()
     model = checkpoint.load_model(Meter("loading", "bytes").update)
-    bench = Bench(model, tokens=args.tokens, rounds=args.rounds, chunk=args.chunk, seed=seed)
+    bench = Bench(model, checkpoint, tokens=args.tokens, rounds=args.rounds, chunk=args.chunk, seed=seed)
     report = bench.run(cases, Meter("measuring", "tokens").update)
     cache = cases[0].plan.summary()
     facts = facts_of(checkpoint) | {"cache": {name: cache[name] for name in ("policy", "budget", "kv_dtype")}}
@@ -129,7 +129,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
     from ..machine import cpu_name
 
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    dtype, on_gpu = str(checkpoint.dtype).removeprefix("torch."), checkpoint.device.type == "cuda"
     return {
         "model": checkpoint.name,
         "layers": checkpoint.config.num_hidden_layers,
@@ -138,6 +138,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "backend": checkpoint.computed_by,
         "device": str(checkpoint.device),
         "ranks": checkpoint.team.ranks,
+        "gpu": torch.cuda.get_device_name(checkpoint.device) if on_gpu else None,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
@@ -158,7 +159,7 @@ def head(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts[name]} {name.removesuffix('s')}{'s' * (facts[name] > 1)}" for name in ("threads", "rounds")
     )
     yield (
-        f"{facts['cpu']}, {threads}, {facts['kernels']}, device {facts['device']}; "
+        f"{facts['gpu'] or ', '.join((facts['cpu'], threads, facts['kernels']))}, device {facts['device']}; "
         f"minillm {versions['minillm']}, torch {versions['torch']}"
     )
     yield f"{rounds} of {facts['tokens']} decoded tokens; linears to rest: where a step's time went"
@@ -181,6 +182,15 @@ def table(cases: list[Figures]) -> Iterator[str]:
 def remarks(facts: dict[str, Any], report: Report) -> Iterator[str]:
     """What no line of the table says."""
     yield f"roofline: memory is read at {report.bandwidth / 1e9:.1f} GB/s where nothing is computed"
+    for case in report.cases[:1]:  # all are alike in it
+        if case.kernel_coverage is not None:
+            others = [f"{what} by {who}" for what, who in case.kernels.items() if who != "triton"]
+            yield (
+                f"graphs: {case.graph_coverage:.0%} of decode steps were replayed; Triton's kernels: "
+                f"{case.kernel_coverage:.0%} of eviction, write and attention of every layer"
+                + (f", {' and '.join(others)}" if others else "")
+            )
+            yield "linears to rest: of steps that were not replayed, in which Python can look on"
     for cost in report.rows_cost:
         than = f"{cost.than} row" + "s" * (cost.than > 1)
         yield f"after {cost.context:,} tokens a step of {cost.rows} rows takes {cost.ratio:.2f} times one of {than}"

@@ -119,7 +119,7 @@ def triton_serves() -> dict[str, str]:
     if why is not None:
         return {"triton": f"does not run: {why}", "graph": "does not run: it records steps of triton"}
     one = "one token: eviction (window, hashevict, hashevict-key, hashevict-plus), writing, attention"
-    graph = "a whole step as a CUDA graph, from the library alone (backends/graph.py)"
+    graph = "decode steps of these policies and full as CUDA graphs, in every command that draws; in one process"
     return {"triton": f"{one}; of many tokens and other policies torch", "graph": graph}
 
 

@@ -63,7 +63,8 @@ class Worker(threading.Thread):
         super().__init__(name="minillm worker", daemon=True)
         self._settings, self._metrics, self._log = settings, metrics, log
         self._leader = Leader.of(llm)
-        self.engine = Engine(llm.model, llm.cache, chunk=llm.chunk, rows=settings.rows)
+        steps = llm.checkpoint.recorded(llm.model, llm.cache, settings.rows)
+        self.engine = Engine(llm.model, llm.cache, chunk=llm.chunk, rows=settings.rows, steps=steps)
         self._llms = [_of_row(llm, row.cache, self._leader) for row in self.engine.rows]
         spare = range(settings.rows, settings.rows + settings.prefixes)
         self._prefixes = Prefixes([llm.cache.row(row) for row in spare], llm.chunk, self._leader.copy_)
@@ -364,6 +365,7 @@ def _of_row(llm: LLM, cache: KVCache, leader: Leader) -> LLM:
     """An LLM over one row; several share a model."""
     one = copy(llm)
     one.cache, one.owner, one.plan, one.team = cache, None, replace(llm.plan, rows=1), leader
+    one.steps = None  # the engine has them
     return one
 
 
