@@ -145,7 +145,7 @@ class Answer:
             text="".join(self._texts),
             token_ids=self._ids.tolist(),
             finish_reason=self.finish_reason,
-            usage=Usage.of(llm.cache, llm.checkpoint.team, prompt=self.prompt_tokens, completion=produced),
+            usage=Usage.of(llm.cache, llm.team, prompt=self.prompt_tokens, completion=produced),
             cache=llm.plan.summary(),
             timings=Timings(
                 first_token_s=max(0.0, waited),

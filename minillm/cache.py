@@ -94,6 +94,7 @@ class KVCache:
         self._unlike = tuple({layer.retention: layer for layer in self.layers}.values())  # one layer of each kind
         self.fixed = frozenset(policy.constants_spec(config))  # names of what needs neither reset nor saving
         self.seen = [0] * rows
+        self.number = 0  # which row of a larger cache this one is, see `row`
         self.ahead = False  # whether the next token is fed already: see `feed_ahead`
         self.reset()
 
@@ -115,7 +116,7 @@ class KVCache:
         Whoever works with rows works with nothing else: `seen` of the whole does not follow.
         """
         one = copy(self)
-        one.rows, one.seen = 1, [self.seen[row]]
+        one.rows, one.seen, one.number = 1, [self.seen[row]], row
         one.layers = [
             replace(layer.row(row, self.fixed), query_block=query_block(self.config, layer.retention, 1))
             for layer in self.layers

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .backends.linear import fewest_alike
 from .cache import CacheRows, KVCache
-from .errors import MinillmError
+from .errors import MinillmError, RankError
 from .generate import Pins, feed, flags_of
 from .model import Transformer
 from .sampling import Sample, Sampler
@@ -134,6 +134,8 @@ class Engine:
         self._reading.rotate(-1)  # the next prompt has its turn
         try:
             row.task.read(tokens, hidden)
+        except RankError:  # which ends all rows
+            raise
         except MinillmError as error:
             return self._end(number, error)
         if row.unread == 0:
@@ -171,6 +173,8 @@ class Engine:
                 if row.task.draw(sample):
                     wanted[number] = sample.token_id
                     continue
+            except RankError:  # which ends all rows
+                raise
             except MinillmError as raised:
                 error = raised
             row.cache.take_back_()

@@ -57,6 +57,7 @@ class LLM:
             raise PromptError(f"chunk must be at least 1 token, not {chunk}; the default is 256")
         self.checkpoint, self.model, self.plan, self.chunk, self.memory = checkpoint, model, plan, chunk, memory
         self.cache = plan.allocate(checkpoint.device)
+        self.team: Team = checkpoint.team  # who counts and draws together
         # Those of a server's many rows are its engine's business.
         self.steps = checkpoint.recorded(model, self.cache) if plan.rows == 1 else None
         if plan.policy.needs_kinds:
@@ -194,7 +195,7 @@ class LLM:
                 if progress is not None:
                     progress(done + at, count)
             done += at
-        usage = Usage.of(self.cache, self.checkpoint.team, prompt=count, completion=0)
+        usage = Usage.of(self.cache, self.team, prompt=count, completion=0)
         nats = total / count
         return Score(count, nats, math.exp(nats), usage, self.plan.summary())
 

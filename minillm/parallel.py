@@ -6,9 +6,10 @@ that what they give is summed over ranks: one sum for attention, one for the fee
 by rows and gathered; the embedding is whole on every rank, for it is only looked up, and where its dtype is the model's
 it is mapped: one copy for all ranks of a machine, and only the rows that were asked for.
 
-Every rank runs the same program over its own heads, with hash tables, policies and caches of their own.  Evictions
-follow from positions and keys, so nothing has to be agreed on, with two exceptions (`Together`).  Ranks of one kind of
-machine compute the same bits from the same numbers, which is what keeps copies of a KV head alike.
+Every rank runs the same program over its own heads, with hash tables, policies and caches of their own; in a server one
+of them leads the others through it (server/leader.py).  Evictions follow from positions and keys, so nothing has to be
+agreed on, with two exceptions (`Together`).  Ranks of one kind of machine compute the same bits from the same numbers,
+which is what keeps copies of a KV head alike.
 
 This is the only module that imports torch.distributed.
 """
@@ -26,14 +27,14 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from .cache import KVCache
+from .cache import MAX_POSITION, CacheRows, KVCache
 from .config import ModelConfig
 from .errors import ConfigError, RankError
 from .eviction import EvictionPolicy
 from .fused import FusedLayer
 from .model import Layer, Transformer
 from .shard import Team, output_rows
-from .slots import LayerCache, Span
+from .slots import LayerCache, LayerRows, Span
 
 TIMEOUT = timedelta(seconds=120)  # for a rank that lives and says nothing; a dead one is noticed at once
 
@@ -85,10 +86,14 @@ class Ranks(Team):
         self._join_head_(model)
         sharers = self._sharers(model.config)
 
-        def introduce(model: Transformer, inputs: tuple[Tensor, Span, KVCache]) -> None:
+        def introduce(model: Transformer, inputs: tuple[Tensor, Span, KVCache | CacheRows]) -> None:
+            held: list[LayerCache] = []
             for layer in inputs[2].layers:
-                if not isinstance(layer.policy, Together) and must_hear(layer.policy, sharers):
-                    layer.policy = Together(layer.policy, self, sharers, model.config.query_group)
+                held += (layer.whole, *layer.views) if isinstance(layer, LayerRows) else (layer,)
+            if must_hear(held[0].policy, sharers):
+                for one in held:
+                    if not isinstance(one.policy, Together):
+                        one.policy = Together(one.policy, self, sharers, model.config.query_group)
 
         model.register_forward_pre_hook(introduce)
         return model
@@ -99,13 +104,30 @@ class Ranks(Team):
         Always in the same memory: threads of torch's let go of what they were given late, and how much they hold
         meanwhile would depend on the scheduler.
         """
-        place = self.places.get(y.device)
-        if place is None or place.nbytes < y.nbytes:
-            place = self.places[y.device] = torch.empty(y.nbytes, dtype=torch.uint8, device=y.device)
-        exchanged = place[: y.nbytes].view(y.dtype).view(y.shape).copy_(y)
+        exchanged = self._place(y, y.numel()).view(y.shape).copy_(y)
         with _watching():
             dist.all_reduce(exchanged, group=sharers)
         return y.copy_(exchanged)
+
+    def sum_alike_(self, y: Tensor) -> Tensor:
+        """`sum_`, in which no number's rounding depends on its place in y, nor on how much of y there is.
+
+        So a row of a batch does not feel its neighbours.  gloo sends sums around in a ring that begins at another rank
+        for every part of y: of three ranks or more each gets all that belongs to one part instead, adds it up in the
+        order of ranks, and tells the others.
+        """
+        if self.ranks == 2 or y.device.type != "cpu":
+            return self.sum_(y)
+        width = -(-y.numel() // self.ranks)
+        sent, received = self._place(y, 2 * width * self.ranks).view(2, self.ranks, width)
+        sent.view(-1)[: y.numel()] = y.flatten()
+        with _watching():
+            dist.all_to_all_single(received, sent)
+            total = received[0]  # [width], of this rank's part
+            for other in received[1:]:
+                total += other
+            dist.all_to_all_single(received, sent.copy_(total))
+        return y.copy_(received.view(-1)[: y.numel()].view(y.shape))
 
     def gather(self, x: Tensor, dim: int, sharers: dist.ProcessGroup | None = None) -> Tensor:
         """What all ranks (or the sharers of a KV head) have, in their order, side by side along a dimension.
@@ -128,9 +150,11 @@ class Ranks(Team):
         """The largest number that any rank says."""
         return int(self.gather(torch.tensor([number]), 0).max())
 
-    def every_head(self, found: Tensor) -> Tensor:
-        """Of the KV heads here, [L, Hkv] -> of those of all ranks."""
-        return self.gather(found, 1)
+    def count(self, cache: KVCache) -> tuple[Tensor, int | None]:
+        """As in one process."""
+        live, found = super().count(cache)
+        oldest = -self.most(-(MAX_POSITION if found is None else found))
+        return self.gather(live, 1), None if oldest == MAX_POSITION else oldest
 
     def shared(self, pieces: Iterator[str]) -> Iterator[str]:
         """Pieces of text that only rank 0 can read, on every rank."""
@@ -153,7 +177,14 @@ class Ranks(Team):
     def _sums_(self, *parts: nn.Module) -> None:
         """Whatever these layers give is summed over ranks."""
         for part in parts:
-            part.register_forward_hook(lambda part, inputs, y: self.sum_(y))  # noqa: ARG005
+            part.register_forward_hook(lambda part, inputs, y: self.sum_alike_(y))  # noqa: ARG005
+
+    def _place(self, y: Tensor, numbers: int) -> Tensor:
+        """Room for so many numbers like those of y."""
+        place, nbytes = self.places.get(y.device), numbers * y.itemsize
+        if place is None or place.nbytes < nbytes:
+            place = self.places[y.device] = torch.empty(nbytes, dtype=torch.uint8, device=y.device)
+        return place[:nbytes].view(y.dtype)
 
     def _join_head_(self, model: Transformer) -> None:
         """Let every rank compute the logits of its rows of the vocabulary, and know all of them."""

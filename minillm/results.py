@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .cache import MAX_POSITION, KVCache
+from .cache import KVCache
 from .shard import ALONE, Team
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -31,9 +31,8 @@ class Usage:
     @classmethod
     def of(cls, cache: KVCache, team: Team = ALONE, *, prompt: int, completion: int) -> Usage:
         """Count what a cache has seen and keeps, in the heads of a whole team (reads the device)."""
-        seen, live = cache.seen[0], team.every_head(cache.live()).tolist()  # [L][Hkv]
-        oldest = -team.most(-(MAX_POSITION if (found := cache.oldest()) is None else found))
-        by_layer = [(min(heads), _whole(sum(heads) / len(heads)), max(heads)) for heads in live]
+        seen, (live, oldest) = cache.seen[0], team.count(cache)
+        by_layer = [(min(heads), _whole(sum(heads) / len(heads)), max(heads)) for heads in live.tolist()]
         kept = sum(mean for _, mean, _ in by_layer) / len(by_layer)
         span = min(low for low, _, _ in by_layer), max(high for _, _, high in by_layer)
         return cls(
@@ -44,7 +43,7 @@ class Usage:
             _whole(seen - kept),
             span,
             by_layer,
-            None if oldest == MAX_POSITION else oldest,
+            oldest,
         )
 
 

@@ -66,7 +66,7 @@ class Session:
             return Usage(0, 0, 0, 0, 0, (0, 0), [], None)
         last = self.latest if isinstance(self.latest, Answer) else None
         prompt, completion = (last.prompt_tokens, last.completion_tokens) if last else (0, 0)
-        return Usage.of(self.llm.cache, self.llm.checkpoint.team, prompt=prompt, completion=completion)
+        return Usage.of(self.llm.cache, self.llm.team, prompt=prompt, completion=completion)
 
     def use(self, params: SamplingParams) -> None:
         """Draw by other rules from here on.  What was drawn still counts; the draws begin again if the seed is new."""
@@ -191,10 +191,8 @@ class Session:
         self._require_cache()
         if self.latest is None:
             raise SessionError("there is nothing to save: the session has not begun")
-        if self.llm.checkpoint.team.ranks > 1:
-            raise SessionError(
-                f"one of {self.llm.checkpoint.team.ranks} processes has only its heads: save in one process"
-            )
+        if self.llm.team.ranks > 1:
+            raise SessionError(f"one of {self.llm.team.ranks} processes has only its heads: save in one process")
         save_session(self, Path(path))
 
     def load(self, path: str | Path) -> None:
@@ -272,7 +270,7 @@ class Session:
         """One for this model that has drawn nothing yet."""
         checkpoint = self.llm.checkpoint
         ids = (checkpoint.config.vocab_size, self.llm.real_vocab, checkpoint.eos_ids)
-        return Sampler(params, *ids, checkpoint.device, checkpoint.team.agreed)
+        return Sampler(params, *ids, checkpoint.device, self.llm.team.agreed)
 
     def _require_cache(self) -> None:
         if self.latest is not None and self.llm.owner is not self.latest:

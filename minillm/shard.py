@@ -19,6 +19,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .cache import KVCache
     from .config import ModelConfig
     from .model import Transformer
 
@@ -62,9 +63,9 @@ class Team:
         """The largest number that any rank says."""
         return number
 
-    def every_head(self, found: Tensor) -> Tensor:
-        """What was found of the KV heads here, [L, Hkv], and on all other ranks beside it (a copy counts again)."""
-        return found
+    def count(self, cache: KVCache) -> tuple[Tensor, int | None]:
+        """`live` of a cache in the KV heads of all ranks, [L, all Hkv] (a copy counts again), and `oldest` in them."""
+        return cache.live(), cache.oldest()
 
     def shared(self, pieces: Iterator[str]) -> Iterator[str]:
         """Text that only the first rank can read."""

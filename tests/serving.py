@@ -29,6 +29,28 @@ class Served:
     url: str = ""
     said: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+
+    def find(self) -> Served:
+        """Wait until it says where it listens."""
+        found = re.search(r"http://[^/\s]+", self.wait_for("http://"))
+        assert found
+        self.url = found[0]
+        return self
+
+    def close(self) -> None:
+        """The process has ended: hear what it said last."""
+        self._listener.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
@@ -91,20 +113,8 @@ def serving(*arguments: object, env: dict[str, str] | None = None, first: str = 
     command = [sys.executable, "-c", start, "serve", "--port", "0", "--threads", "1", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
     served = Served(process)
-
-    def listen() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            served.said.append(line)
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
     try:
-        line = served.wait_for("http://")
-        found = re.search(r"http://[^/\s]+", line)
-        assert found
-        served.url = found[0]
-        yield served
+        yield served.find()
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -114,6 +124,4 @@ def serving(*arguments: object, env: dict[str, str] | None = None, first: str = 
                 process.kill()
                 process.wait()
                 raise AssertionError("the server did not end on SIGTERM") from None
-        listener.join(5)
-        assert process.stderr is not None
-        process.stderr.close()
+        served.close()

@@ -214,6 +214,10 @@ def test_a_dead_rank_ends_the_others_with_one_message() -> None:
 def test_what_is_wrong_on_every_rank_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--ranks", "3"]) == 2
     assert "4 query heads cannot be divided among 3 ranks: start 2 or 4 processes" in capsys.readouterr().err
-    done = finish(start(2, "minillm", "chat", module=True))
-    assert [status for status, _, _ in done] == [2, 2]
-    assert sum(errors.count("minillm: error: chat runs in one process") for _, _, errors in done) == 1
+    for words, complaint in (
+        (("chat",), "chat runs in one process, and 2 were started"),
+        (("serve", "--sessions", "kept"), "--sessions saves the heads of one process"),
+    ):
+        done = finish(start(2, "minillm", *words, module=True))
+        assert [status for status, _, _ in done] == [2, 2]
+        assert sum(errors.count(f"minillm: error: {complaint}") for _, _, errors in done) == 1

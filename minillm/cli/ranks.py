@@ -17,14 +17,15 @@ from ..shard import ALONE, Team
 
 SECONDS_TO_SPEAK = 1.0  # that the others leave to the one who tells the user: torchrun stops all when one ends
 SECONDS_TO_HEAR = 2.0  # that the first one stays after it has spoken
-TOGETHER = ("generate", "score", "bench")  # commands that run in several processes
+TOGETHER = ("generate", "score", "bench", "serve")  # commands that run in several processes
 
 
 @contextmanager
 def together() -> Iterator[Team]:
     """The processes that torchrun has started, where it has started several; only the first of them prints.
 
-    What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once.
+    What goes wrong is told by whoever meets it first, be it on one rank alone or on all.  Ctrl-C ends all at once, but
+    for a server (serve.py).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -63,6 +64,8 @@ def refuse_what_is_for_one(args: argparse.Namespace) -> None:
         )
     if args.command == "generate" and args.session is not None:
         raise ConfigError("--session keeps the heads of one process: leave torchrun out, or the session")
+    if args.command == "serve" and args.sessions is not None:
+        raise ConfigError("--sessions saves the heads of one process: leave torchrun out, or the folder")
 
 
 class _Nowhere(io.StringIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -116,23 +117,46 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--queue", args.queue), ("--prefixes", args.prefixes), ("--port", args.port)):
         if value < 0:
             raise ConfigError(f"{option} must be at least 0, not {value}")
+    if args.team.rank > 0:
+        _follow(args)
+        return 0
     with _listen(args) as listening:
         _load_and_serve(args, key, listening)
     return 0
 
 
-def _load_and_serve(args: argparse.Namespace, key: str | None, listening: socket.socket) -> None:
+def _load(args: argparse.Namespace) -> LLM:
+    """The model, over a cache of all rows; alike in all processes."""
     checkpoint = open_checkpoint(args)
 
-    from ..server.app import Server
-    from ..server.metrics import Metrics
-    from ..server.worker import Settings, Worker
+    from ..server import app  # noqa: F401  # counts as base, see planner.py
 
     checkpoint.tokenizer, checkpoint.template  # noqa: B018  # what is wrong with them is to be said now
     rows, requests = args.rows + args.prefixes, requests_bytes(args)
     plan = plan_cache(args, checkpoint, context=None, rows=rows, reading=1, requests=requests)
     say(facts_before(checkpoint, plan))
-    llm = load(args, checkpoint, plan, reading=1, requests=requests)
+    return load(args, checkpoint, plan, reading=1, requests=requests)
+
+
+def _follow(args: argparse.Namespace) -> None:
+    """Where other processes have clients."""
+    llm = _load(args)
+
+    from ..server.leader import Follower
+
+    for sent_to_all in (signal.SIGTERM, signal.SIGINT):  # by torchrun: the leader finishes what runs, and says when
+        signal.signal(sent_to_all, signal.SIG_IGN)
+    Follower(llm).run()
+
+
+def _load_and_serve(args: argparse.Namespace, key: str | None, listening: socket.socket) -> None:
+    llm = _load(args)
+    plan = llm.plan
+
+    from ..server.app import Server
+    from ..server.metrics import Metrics
+    from ..server.worker import Settings, Worker
+
     settings = Settings(
         rows=args.rows,
         prefixes=args.prefixes,
@@ -151,6 +175,8 @@ def _load_and_serve(args: argparse.Namespace, key: str | None, listening: socket
     asyncio.run(_serve(server, worker, listening))
     worker.drain()
     worker.join()
+    if worker.failure is not None:
+        raise worker.failure
     say("done")
 
 
@@ -184,7 +210,11 @@ async def _serve(server: Server, worker: Worker, listening: socket.socket) -> No
     from ..server.http import IDLE, Connection
 
     class Ending(uvicorn.Server):
-        """Signals: the first lets running answers finish, the second does not."""
+        """Signals: the first lets running answers finish, the second does not.  Ends with the worker, in any case."""
+
+        async def on_tick(self, counter: int) -> bool:
+            self.should_exit = self.should_exit or not worker.is_alive()
+            return await super().on_tick(counter)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
             if self.should_exit:

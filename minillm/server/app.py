@@ -28,8 +28,9 @@ from .fields import MOST, ApiError, Fields, flag, listing, text, whole
 from .metrics import Metrics
 from .prompting import continues, encoded, text_of
 from .protocol import Ask, Finished, Piece, chat_ask, completion_ask
+from .refusals import no_session
 from .replies import Replies
-from .worker import Worker, no_session
+from .worker import Worker
 
 ALIVE = 1.0  # seconds of silence, after which a waiting client gets a comment
 RENDERERS = 2  # requests that are turned into tokens at the same time

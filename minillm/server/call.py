@@ -117,12 +117,13 @@ class Choice:
 
     def end(self, error: MinillmError | None) -> None:
         """See engine.Task; tells the end to whoever listens."""
-        self.on_end()
         if error is not None:
+            self.on_end()
             status = 503 if isinstance(error, MemoryPromiseError) else 500
             return self.call.fail(ApiError(status, str(error), "server_error"))
         self._tell(self.answer.close(), last=True)
-        result = self.answer.result
+        result = self.answer.result  # asks other processes: if they are gone, the call has not ended yet
+        self.on_end()
         usage = replace(result.usage, prompt_tokens=self.cached + len(self.prompt))
         self.metrics.ended(result.finish_reason, usage)
         self.call.emit(Finished(self.index, result.finish_reason, usage, self.cached, result.seed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 from torch import Tensor
@@ -23,9 +23,11 @@ MOST_SEEN = 4096  # beginnings that are remembered, 32 bytes each
 class Prefixes:
     """Copies of rows after the first chunks of a prompt, the least recently used one given up for a new one."""
 
-    def __init__(self, caches: Sequence[KVCache], chunk: int) -> None:
-        """caches: rows to keep copies in, perhaps none."""
-        self._chunk, self._free = chunk, list(caches)
+    def __init__(
+        self, caches: Sequence[KVCache], chunk: int, copy_: Callable[[KVCache, KVCache], None] = KVCache.copy_
+    ) -> None:
+        """caches: rows to keep copies in, perhaps none.  copy_: makes a row what another one is."""
+        self._chunk, self._free, self._copy_ = chunk, list(caches), copy_
         self._kept: OrderedDict[bytes, KVCache] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
@@ -48,7 +50,7 @@ class Prefixes:
             kept = self._kept.get(beginnings[count - 1])
             if kept is not None:
                 self._kept.move_to_end(beginnings[count - 1])
-                cache.copy_(kept)
+                self._copy_(cache, kept)
                 return count * self._chunk
         return 0
 
@@ -70,7 +72,7 @@ class Prefixes:
         if digest in self._kept:
             return
         room = self._free.pop() if self._free else self._kept.popitem(last=False)[1]
-        room.copy_(cache)
+        self._copy_(room, cache)
         self._kept[digest] = room
 
     def __len__(self) -> int:

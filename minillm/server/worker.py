@@ -19,21 +19,24 @@ from typing import Any, TypeVar
 import torch
 
 from ..answer import Answer
+from ..cache import KVCache
 from ..engine import Engine
-from ..errors import MinillmError, SessionError
+from ..errors import MinillmError, RankError, SessionError
 from ..llm import LLM
 from ..memory import trim
 from ..results import Usage
 from ..session import Session
 from .call import Call, Choice
 from .fields import ApiError
+from .leader import Leader
 from .metrics import Metrics
 from .prefixes import Prefixes
 from .prompting import refusal
+from .refusals import broken, busy_session, lost, no_session, shutting_down, too_late
 from .sessions import Sessions
 
 T = TypeVar("T")
-QUIET = 1.0  # seconds without anything to do, after which freed memory is handed back
+QUIET = 1.0  # seconds without anything to do, after which freed memory is handed back and other processes are met
 STRETCHES = 256  # of a conversation, in what `remembered` tells
 
 
@@ -59,11 +62,12 @@ class Worker(threading.Thread):
         """llm: over a cache of rows + prefixes rows."""
         super().__init__(name="minillm worker", daemon=True)
         self._settings, self._metrics, self._log = settings, metrics, log
+        self._leader = Leader.of(llm)
         steps = llm.checkpoint.recorded(llm.model, llm.cache, settings.rows)
         self.engine = Engine(llm.model, llm.cache, chunk=llm.chunk, rows=settings.rows, steps=steps)
-        self._llms = [_of_row(llm, row.cache) for row in self.engine.rows]
+        self._llms = [_of_row(llm, row.cache, self._leader) for row in self.engine.rows]
         spare = range(settings.rows, settings.rows + settings.prefixes)
-        self._prefixes = Prefixes([llm.cache.row(row) for row in spare], llm.chunk)
+        self._prefixes = Prefixes([llm.cache.row(row) for row in spare], llm.chunk, self._leader.copy_)
         self.sessions = Sessions(
             settings.folder, most=settings.most_sessions, seconds=settings.session_seconds, log=log
         )
@@ -72,7 +76,8 @@ class Worker(threading.Thread):
         self._orders: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running: dict[int, Choice] = {}  # by row
         self._draining = self._stopping = False
-        self._trimmed = True
+        self._trimmed, self._met = True, 0.0
+        self.failure: RankError | None = None  # what ended the thread, if it was not drained
         self._threads = torch.get_num_threads()
 
     # --- for other threads ---
@@ -166,15 +171,29 @@ class Worker(threading.Thread):
     # --- the thread ---
 
     def run(self) -> None:
-        """Until drained."""
+        """Until drained, or until a process is gone that computes the model, too."""
         torch.set_num_threads(self._threads)  # a thread has a number of its own
-        while not self._done():
-            try:
-                self._turn()
-            except Exception as error:  # a bug: nobody's answer can be trusted, but the next one's can
-                self._log(f"an answer failed, which is a bug of minillm: {error!r}")
-                self._fail_all(broken())
-        self.sessions.save_all()
+        try:
+            while not self._done():
+                self._try_turn()
+            self.sessions.save_all()
+            self._leader.end()
+        except RankError as error:
+            self.failure = error
+            self._fail_all(lost())
+            self.stop()
+            self._turn()  # who waits hears of it
+
+    def _try_turn(self) -> None:
+        try:
+            self._turn()
+        except RankError:
+            raise
+        except Exception as error:  # a bug: nobody's answer can be trusted, but the next one's can
+            self._log(f"an answer failed, which is a bug of minillm: {error!r}")
+            self._fail_all(broken())
+            if self._leader.ranks > 1:
+                raise RankError("other processes may be elsewhere in the model after this: start all again") from error
 
     def _done(self) -> bool:
         return self._draining and not (self._running or self._waiting or self._orders)
@@ -184,13 +203,17 @@ class Worker(threading.Thread):
         pause, quiet = self.sessions.tidy(), False
         with self._changed:
             if not (self._waiting or self._running or self._orders or self._draining):
-                quiet = not self._changed.wait(max(0.05, pause if self._trimmed else min(pause, QUIET)))
+                waits = self._trimmed and self._leader.ranks == 1
+                quiet = not self._changed.wait(max(0.05, pause if waits else min(pause, QUIET)))
             orders = list(self._orders)
             self._orders.clear()
         for order, future in orders:
             _obey(order, future)
         self._drop()
         self._admit()
+        if not (self.engine.busy or self._draining) and time.monotonic() - self._met > QUIET:
+            self._leader.here()
+            self._met = time.monotonic()
         if quiet and not self._trimmed:
             trim()
             self._trimmed = True
@@ -231,6 +254,9 @@ class Worker(threading.Thread):
                 self._refuse(choice, error)
             except SessionError as error:
                 self._refuse(choice, ApiError(404, str(error), "not_found_error", "session", "session_not_found"))
+            except RankError:
+                self._refuse(choice, lost())
+                raise
             except MinillmError as error:
                 self._refuse(choice, refusal(error, choice.call.ask))
             except Exception:
@@ -315,7 +341,10 @@ class Worker(threading.Thread):
 
 
 def remembered(session: Session, usage: Usage) -> list[float]:
-    """For equal stretches of a session from its first token to its last: the share of layers and heads that hold it."""
+    """For equal stretches of a session from its first token to its last: the share of layers and heads that hold it.
+
+    Of the heads that are here, where several processes have some each.
+    """
     seen, cache = usage.seen_tokens, session.llm.cache
     if seen == 0:
         return []
@@ -332,37 +361,11 @@ def remembered(session: Session, usage: Usage) -> list[float]:
     return (counts / (holders * first.diff().clamp(min=1))).tolist()
 
 
-def shutting_down() -> ApiError:
-    """Another server may be there soon."""
-    return ApiError(503, "the server is shutting down", "server_error", retry_after=5)
-
-
-def too_late() -> ApiError:
-    """As long as was asked for, or allowed."""
-    return ApiError(408, "the time for this request is over", code="timeout", final=True)
-
-
-def broken() -> ApiError:
-    """A bug."""
-    return ApiError(500, "the server failed, which is a bug of minillm: see its log", "server_error")
-
-
-def no_session(name: str) -> ApiError:
-    """Unknown, expired or deleted."""
-    message = f"there is no session {name!r}: it has expired, was deleted, or never was; begin a new one"
-    return ApiError(404, message, "not_found_error", "session", "session_not_found")
-
-
-def busy_session(name: str) -> ApiError:
-    """An answer is still being drawn in it."""
-    message = f"session {name!r} is still answering: wait for the end of that, or use another session"
-    return ApiError(409, message, "conflict_error", "session", "session_busy", retry_after=1)
-
-
-def _of_row(llm: LLM, cache: Any) -> LLM:
+def _of_row(llm: LLM, cache: KVCache, leader: Leader) -> LLM:
     """An LLM over one row; several share a model."""
     one = copy(llm)
-    one.cache, one.owner, one.plan, one.steps = cache, None, replace(llm.plan, rows=1), None  # the engine has them
+    one.cache, one.owner, one.plan, one.team = cache, None, replace(llm.plan, rows=1), leader
+    one.steps = None  # the engine has them
     return one
 
 
@@ -370,5 +373,7 @@ def _obey(order: Callable[[], T], future: Future[T]) -> None:
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(order())
+        except RankError:  # the next step, or the next moment without one, will meet it, too
+            future.set_exception(lost())
         except Exception as error:
             future.set_exception(error)
