@@ -45,7 +45,7 @@ class Task(Protocol):
         """A chunk of the prompt is in the cache: tokens [1, T], hidden states [1, T, hidden]."""
 
     def draw(self, sample: Sample) -> bool:
-        """A token was drawn; whether another one is wanted.  The last one never enters the cache."""
+        """A token was drawn; whether another one is wanted.  The last one does not stay in the cache."""
 
     def end(self, error: MinillmError | None) -> None:
         """Nothing more will come: all was drawn, or what `read`, `draw` or the sampler raised."""

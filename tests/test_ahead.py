@@ -7,6 +7,7 @@ and the graphs.  triton_cases.py has the kernels.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,6 +271,38 @@ def test_recording_leaves_no_trace_and_buffers_stay_where_they_are() -> None:
     logits = steps.feed([1], view.feed_ahead(), [torch.tensor([5.0])])
     assert logits.data_ptr() == steps.buffers[3].data_ptr()
     assert places == [tensor.data_ptr() for tensor in steps.buffers]
+
+
+class CutOff(Eager):
+    """Ctrl-C comes when a step has just run."""
+
+    comes = False
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            step()
+            if self.comes:
+                raise KeyboardInterrupt
+
+        return super().record(replay)
+
+
+def test_a_step_that_was_cut_off_is_forgotten() -> None:
+    """The next sequence stands where that one was about to be."""
+    recorder = CutOff()
+    cache = cache_for(tiny_model(), "window", 1, slots=16)
+    steps, drawn = Steps(recordable(tiny_model()), cache, recorder), [torch.tensor([5.0])]
+    cache.append(3)
+    steps.feed([0], cache.feed_ahead(), drawn)
+    cache.keep()
+    recorder.comes = True
+    with pytest.raises(KeyboardInterrupt):
+        steps.feed([0], cache.feed_ahead(), drawn)
+    recorder.comes = False
+    cache.reset()
+    cache.append(4)
+    steps.feed([0], cache.feed_ahead(), drawn)
+    assert [int(layer.positions.amax()) for layer in cache.layers] == [4, 4]
 
 
 def test_layers_with_other_slots_are_due_at_other_times() -> None:

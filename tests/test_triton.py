@@ -47,12 +47,12 @@ def test_a_server_replays_its_steps(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason=ABSENT)
     pytest.importorskip("uvicorn", reason="pip install 'minillm[serve]'")
     model = write_checkpoint(tmp_path / "tiny")
-    options = ("--model", model, "--backend", "triton", "--device", "cpu", "--dtype", "float32", "--budget", 24)
-    with serving(*options, "--rows", 2, "--prefixes", 1, env={"TRITON_INTERPRET": "1"}) as server:
+    options = ("--model", model, "--backend", "triton", "--device", "cpu", "--dtype", "float32", "--budget", 12)
+    with serving(*options, "--evict-every", 3, "--rows", 2, "--prefixes", 1, env={"TRITON_INTERPRET": "1"}) as server:
 
         def ask(number: int) -> str:
-            drawn = {"temperature": 0.9, "seed": number, "max_tokens": 8 + number, "ignore_eos": True}
-            return str(server.complete("the dog sat on the mat and the cat " * number, **drawn)["choices"][0]["text"])
+            drawn = {"temperature": 0.9, "seed": number, "max_tokens": 3 + number, "ignore_eos": True}
+            return str(server.complete("the dog sat on " * number, **drawn)["choices"][0]["text"])
 
         with ThreadPoolExecutor(3) as clients:
             together = list(clients.map(ask, range(1, 4)))

@@ -494,7 +494,9 @@ def test_a_session_is_told_saved_and_copied_as_ever(policy: str, tmp_path: Path)
     """By the front door: text, usage, and the very bytes of a saved session; a copy has recordings of its own."""
     options: dict[str, Any] = {"backend": "triton", "dtype": "float32", "device": DEVICE.type, "policy": policy}
     llm = LLM.load(str(write_checkpoint(tmp_path / "tiny")), budget=12, evict_every=3, **options)
-    assert (llm.steps is not None) == (policy == "hashevict-plus")
+    assert llm.memory is not None
+    planned = llm.memory.parts.get("workspace recording", 0)
+    assert (llm.steps is not None, planned > 0) == ((policy == "hashevict-plus",) * 2)
     other, told = LLM(llm.checkpoint, llm.model, llm.plan), []
     other.steps = None
     for number, one in enumerate((llm, other)):
@@ -506,6 +508,8 @@ def test_a_session_is_told_saved_and_copied_as_ever(policy: str, tmp_path: Path)
         session.save(tmp_path / f"{number}.whole")
         copy = session.fork()
         assert copy.llm.steps is None or copy.llm.steps is not one.steps
+        if copy.llm.memory is not None:
+            assert copy.llm.memory.base == llm.memory.base + llm.plan.nbytes + planned
         more = [one.generate(max_tokens=2).finish() for one in (copy, session)]
         assert more[0].token_ids == more[1].token_ids
         told.append((first, stream.result.token_ids, stream.result.usage, more[1].token_ids, more[1].usage))

@@ -107,8 +107,9 @@ class Cuda:
 class Steps:
     """Decode steps of some rows of one cache.  Recorded when it is made: nothing is allocated later.
 
-    Invariant: row and position of every place in the batch lie on the device, as `_places` says; a step moves all
-    positions on by one, so that only rows that come, leave or were taken back are told to the device.
+    Invariant: row and position of every place in the batch lie on the device, as `_places` says (None: a step was cut
+    off); a step moves all positions on by one, so that only rows that come, leave or were taken back are told to the
+    device.
     """
 
     @torch.inference_mode()
@@ -125,7 +126,7 @@ class Steps:
         self._positions = torch.full((most, 1), NOTHING, device=device)  # [B, 1], where
         self._rows = torch.zeros(most, dtype=torch.int64, device=device)  # [B], of the cache
         self._logits = torch.zeros(most, cache.config.vocab_size, device=device)  # [B, V] float32
-        self._places = [(0, NOTHING)] * most  # row and position
+        self._places: list[tuple[int, int] | None] = [(0, NOTHING)] * most  # row and position
         powers = (1 << power for power in range(most.bit_length()))
         batches = sorted({fewest, *(power for power in powers if power > fewest), most})
         # The largest first: the others find room in its memory.
@@ -154,8 +155,9 @@ class Steps:
         count = len(rows)
         batch = next(batch for batch in self._replays if batch >= count)
         wanted = [*zip(rows, positions, strict=True), *[(0, NOTHING)] * (batch - count)]
+        known, self._places[:batch] = self._places[:batch], [None] * batch
         for place, (row, position) in enumerate(wanted):
-            if self._places[place] != (row, position):
+            if known[place] != (row, position):
                 self._rows[place].fill_(row)
                 self._positions[place].fill_(position)
         self._tokens[:count, 0].copy_(torch.cat([one[:1] for one in drawn]))
