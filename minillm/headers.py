@@ -36,7 +36,8 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 class Stored:
     """Where a tensor lies: bytes `begin`..`end` of `file`, as its header says.
 
-    pitch: bytes from one row to the next, where only some columns are meant; 0 = the rows lie side by side.
+    pitch: bytes from one row to the next, where only a part of a matrix is meant, which is to be read row by row: pages
+    of a mapped file would bring their neighbours along.  0 = all of it is meant, and its rows lie side by side.
     """
 
     file: Path
@@ -55,7 +56,8 @@ class Stored:
         row = self.nbytes // self.shape[0]  # bytes
         if dim == 0:
             shape, begin = (stop - start, *self.shape[1:]), self.begin + start * row
-            return replace(self, shape=shape, begin=begin, end=begin + (stop - start) * row)
+            pitch = row if len(shape) > 1 else 0
+            return replace(self, shape=shape, begin=begin, end=begin + (stop - start) * row, pitch=pitch)
         item = DTYPE_OF[self.dtype].itemsize
         shape, begin = (self.shape[0], stop - start), self.begin + start * item
         return replace(self, shape=shape, begin=begin, end=self.end - row + stop * item, pitch=row)

@@ -33,58 +33,40 @@ from minillm.memory import Guard, Room, held, room
 from minillm.planner import CONVERSION_BYTES, MemoryPlan, attention_bytes, size_of
 from minillm.policies import POLICIES
 from tests.helpers import tiny_config, tiny_model
+from tests.ranks import ROOT, finish, start
 from tests.tiny_checkpoint import write_checkpoint
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 MIB = 2**20
 
-CHILD = """
-import json, sys
-import torch
-from minillm.checkpoint import Checkpoint
-from minillm.generate import feed
-from minillm.llm import LLM
-from minillm.sampling import Sampler, SamplingParams
-
-torch.set_num_threads(1)
-folder, dtype, tokens, options = json.loads(sys.argv[1])
-checkpoint = Checkpoint.open(folder, dtype=dtype)
-plan = checkpoint.plan(**options)
-memory = checkpoint.memory_plan(plan, logit_rows=1)
-llm = LLM(checkpoint, checkpoint.load_model(), plan, memory=memory)
-prompt = torch.arange(plan.rows * tokens).view(plan.rows, -1) * 7 % checkpoint.config.vocab_size
-samplers = [
-    Sampler(SamplingParams(temperature=0.8, top_p=0.9, seed=row), llm.real_vocab, llm.real_vocab, (), llm.cache.device)
-    for row in range(plan.rows)
-]
-with torch.inference_mode():
-    for _, hidden in feed(llm.model, llm.cache, prompt, llm.chunk):
-        last = hidden[:, -1]
-    for _ in range(8):
-        logits = llm.model.logits(last)
-        drawn = [[sampler.sample(logits[row]).token_id] for row, sampler in enumerate(samplers)]
-        last = llm.model(torch.tensor(drawn), llm.cache.append(1), llm.cache)[:, -1]
-print(json.dumps({**memory.to_dict(), "parts": memory.parts, "held": llm.cache.nbytes, "cache": plan.nbytes}))
-"""
-
 
 def fresh(*arguments: object) -> dict[str, Any]:
-    """Run CHILD in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(arguments)], capture_output=True, text=True)
+    """What tests/peak.py measures in a process of its own."""
+    line = [sys.executable, "-m", "tests.peak", json.dumps(arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight layers, 28 million parameters in float32, which keep 32 KiB a token."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("large"))
+def write_large(folder: Path, **heads: int) -> Path:
+    """Eight layers, 28 million parameters in float32, which keep 32 KiB a token with four KV heads."""
+    write_checkpoint(folder)
     sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 64}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "sliding_windows": (None,) * 8}
-    config = tiny_config(**sizes, **heads, max_position_embeddings=4096)
+    config = tiny_config(**sizes, **heads, sliding_windows=(None,) * 8, max_position_embeddings=4096)
     save_checkpoint(folder, tiny_model(config), config)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large(tmp_path_factory.mktemp("large"), num_attention_heads=8, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def shared_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two KV heads, of which some of four processes have to hold the same."""
+    return write_large(tmp_path_factory.mktemp("shared"), num_attention_heads=8, num_key_value_heads=2)
 
 
 @linux_only
@@ -100,11 +82,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["float32", "bfloat16-h2o", "full", "two-rows", "pyramid-int8"],
 )
 def test_planned_is_measured(dtype: str, tokens: int, options: dict[str, Any], folder: Path) -> None:
-    found = fresh(str(folder), dtype, tokens, options)
+    found = fresh(str(folder), dtype, tokens, {}, options)
     planned, peak = found["planned"], found["peak"]
     print(f"\n{dtype} {options}: planned {planned / MIB:.1f} MiB, peak {peak / MIB:.1f} MiB", found["parts"])
     assert found["held"] == found["cache"]
     assert abs(peak - planned) <= 0.02 * planned + 16 * MIB
+
+
+RANKED: dict[str, tuple[int, tuple[Any, ...]]] = {  # processes, and what tests/peak.py is asked
+    "float32-wide": (2, ("float32", 1200, {}, {"budget": 800}, 1024)),
+    "bfloat16-h2o": (4, ("bfloat16", 600, {}, {"budget": 400, "policy": "h2o"})),
+    "int8-two-rows": (2, ("bfloat16", 600, {"weights": "int8"}, {"budget": 400, "rows": 2, "policy": "window"})),
+    "reference": (2, ("float32", 600, {"backend": "reference"}, {"budget": 400})),
+}
+
+
+@linux_only
+@pytest.mark.parametrize(("ranks", "asked"), RANKED.values(), ids=RANKED)
+def test_every_rank_holds_what_was_planned(ranks: int, asked: tuple[Any, ...], shared_heads: Path) -> None:
+    """And none of them more: of four, two hold the same KV head, and gather the attention of its queries."""
+    processes = start(ranks, "tests.peak", json.dumps((str(shared_heads), *asked)), module=True)
+    for rank, (status, answer, errors) in enumerate(finish(processes, 90)):
+        assert status == 0, errors
+        found = json.loads(answer)
+        planned, peak, parts = found["planned"], found["peak"], found["parts"]
+        print(f"\nrank {rank} of {ranks}, {asked}: planned {planned / MIB:.1f} MiB, peak {peak / MIB:.1f} MiB", parts)
+        assert found["held"] == found["cache"] == sum(parts[name] for name in parts if name.startswith("cache "))
+        assert planned - 0.02 * planned - 16 * MIB <= peak <= planned, rank
 
 
 @linux_only
