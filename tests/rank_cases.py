@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache import KVCache
+from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig
 from minillm.eviction import Retention
 from minillm.llm import LLM
@@ -26,6 +27,18 @@ from .helpers import kept_positions, make_cache, run, tiny_config, tiny_model
 TOKENS, SLOTS, KV_HEADS = 46, 16, (4, 2, 1)
 CPU = torch.device("cpu")
 WEIGHTS = (None, "int8", "int8-a16", "int4")  # quantised while loading
+BIASED = {  # folder, dtype, weights, backend
+    "float32": ("biased", "float32", "auto", "cpu"),
+    "int8-a16": ("biased-int8", "float32", "int8-a16", "cpu"),
+    "int4": ("biased-int4", "float32", "int4", "cpu"),
+    "int8-a16, unfused": ("biased-int8", "float32", "int8-a16", "reference"),
+    "int4, unfused": ("biased-int4", "float32", "int4", "reference"),
+    "int8": ("biased-int8", "float32", "int8", "cpu"),
+    "bfloat16": ("biased", "bfloat16", "auto", "cpu"),
+    "bfloat16, int8": ("biased-int8", "bfloat16", "int8", "cpu"),
+    "bfloat16, int8-a16": ("biased-int8", "bfloat16", "int8-a16", "cpu"),
+    "bfloat16, int4": ("biased-int4", "bfloat16", "int4", "cpu"),
+}
 TEXT = "Once upon a time there was a little dog. He liked to play in the park with his friends."
 
 
@@ -53,15 +66,22 @@ def wide() -> ModelConfig:
 def write(folder: Path) -> None:
     """The checkpoints."""
     for kv_heads in KV_HEADS:
-        config = shape(kv_heads)
-        model = tiny_model(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-        save_checkpoint(folder / f"{kv_heads}", model, config, dtype=torch.float64)
+        write_biased(folder / f"{kv_heads}", shape(kv_heads), 0.1)
     save_checkpoint(folder / "wide", tiny_model(wide()), wide())
+    biased = replace(wide(), qkv_bias=True, o_bias=True, mlp_bias=True)
+    write_biased(folder / "biased", biased, 0.5)
     for scheme in ("int8", "int4"):
         save_quantised(folder / "wide", wide(), folder / scheme, Scheme(scheme))
+        save_quantised(folder / "biased", biased, folder / f"biased-{scheme}", Scheme(scheme))
+
+
+def write_biased(folder: Path, config: ModelConfig, std: float) -> None:
+    """Random weights, and biases that are not 0."""
+    model = tiny_model(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=std)
+    save_checkpoint(folder, model, config, dtype=getattr(torch, str(config.dtype)))
 
 
 def tokens(vocabulary: int = 100) -> Tensor:
@@ -101,6 +121,16 @@ def by_weights(folder: Path, team: Team) -> Iterator[tuple[str, Any]]:
                 yield f"{source} as {scheme}{', fused' if fused else ''}", (run(model, cache, tokens(128), 64), read)
 
 
+def by_biases(folder: Path, team: Team) -> Iterator[tuple[str, Any]]:
+    """Logits [1, n, V] of a model with biases everywhere: many tokens at once, then one at a time."""
+    for name, (source, dtype, weights, backend) in BIASED.items():
+        checkpoint = Checkpoint.open(str(folder / source), dtype=dtype, weights=weights, backend=backend, team=team)
+        model = checkpoint.load_model()
+        cache = make_cache(model, "window", SLOTS)
+        read, drawn = tokens(128).split((TOKENS - 8, 8), 1)  # [1, n - 8], [1, 8]
+        yield f"biased, {name}", torch.cat((run(model, cache, read, 64), run(model, cache, drawn, 1)), 1).float()
+
+
 def bytes_read() -> int:
     """That this process has asked the system for, mapped pages not included."""
     lines = Path("/proc/self/io").read_text("utf-8").splitlines()
@@ -123,7 +153,7 @@ def everything(folder: Path, team: Team) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kv_heads in KV_HEADS:
         found |= by_policy(folder, kv_heads, team)
-    return found | dict(by_weights(folder, team)) | dict(by_text(team))
+    return found | dict(by_weights(folder, team)) | dict(by_biases(folder, team)) | dict(by_text(team))
 
 
 if __name__ == "__main__":

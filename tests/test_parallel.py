@@ -27,7 +27,7 @@ from minillm.shard import Team, cut, require_groups
 from . import rank_cases
 from .every_policy import EVERY_POLICY
 from .helpers import tiny_config
-from .rank_cases import KV_HEADS, WEIGHTS, everything
+from .rank_cases import BIASED, KV_HEADS, WEIGHTS, everything
 from .ranks import ROOT, finish, start
 
 Found = dict[str, Any]
@@ -82,6 +82,19 @@ def test_quantised_weights_are_cut_with_their_scales(alone: Found, ranks: list[F
         off = max(float((found[name][0] - logits).abs().max()) for found in ranks)
         print(f"{len(ranks)} ranks, {name}: {off:.1e} from one process, which is {lost:.1e} from float32")
         assert off < (1.5 * lost if name.startswith("wide as int8") else 2e-5), name
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_biases_of_sums_are_added_once(alone: Found, ranks: list[Found], case: str) -> None:
+    """By every kind of linear layer; where rounding is coarse, both are as far from the same weights in float32."""
+    source, dtype, weights, _ = BIASED[case]
+    same_weights = {"biased": "float32", "biased-int8": "int8-a16", "biased-int4": "int4"}[source]
+    one, exact = alone[f"biased, {case}"], alone[f"biased, {same_weights}"]
+    lost, most = float((one - exact).abs().max()), float(one.abs().max())
+    off = max(float((found[f"biased, {case}"] - one).abs().max()) for found in ranks)
+    print(f"{len(ranks)} ranks, {case}: {off:.1e} from one process, {lost:.1e} from float32, logits up to {most:.1f}")
+    assert off < (1e-5 * most if dtype == "float32" and weights != "int8" else 2 * lost)
+    assert lost < 0.05 * most
 
 
 def test_a_rank_reads_only_its_part_of_the_files(folder: Path, alone: Found, ranks: list[Found]) -> None:
