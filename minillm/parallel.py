@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from .shard import Team, output_rows
 from .slots import LayerCache, LayerRows, Span
 
 TIMEOUT = timedelta(seconds=120)  # for a rank that lives and says nothing; a dead one is noticed at once
+SECONDS_TO_ASK = 5.0  # that whoever keeps the store has to answer, once something has gone wrong
 
 
 @contextmanager
@@ -168,11 +170,20 @@ class Ranks(Team):
             yield bytes(self.agreed(held).tolist()).decode()
 
     def first_to_speak(self) -> bool:
-        """Whether no other rank has told the user yet what went wrong: one message is enough."""
-        try:
-            return int(self.store.add("spoken", 1)) == 1
-        except RuntimeError:  # it was kept by rank 0, which is gone
-            return self.rank == 1
+        """Whether no other rank has told the user yet what went wrong: one message is enough.
+
+        The store may be kept by rank 0, and rank 0 be what is gone, or hung: then rank 1 speaks.
+        """
+        answers: list[int] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(int(self.store.add("spoken", 1)))
+
+        asking = Thread(target=ask, daemon=True)  # whom torch lets wait for ever
+        asking.start()
+        asking.join(SECONDS_TO_ASK)
+        return answers == [1] if answers else self.rank == 1
 
     def _sums_(self, *parts: nn.Module) -> None:
         """Whatever these layers give is summed over ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,24 @@ from .rank_cases import BIASED, KV_HEADS, WEIGHTS, everything
 from .ranks import ROOT, finish, start
 
 Found = dict[str, Any]
+PATIENCE = 2  # seconds that processes wait for one that says nothing, where they run this instead of the command
+HASTY = f"""
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+from minillm import parallel
+from minillm.cli.main import main
+
+@contextmanager
+def hasty(patient=parallel.connected):
+    with patient() as team:
+        distributed_c10d._set_pg_timeout(timedelta(seconds={PATIENCE}))
+        yield team
+
+parallel.connected = hasty
+sys.exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +230,11 @@ def test_the_command_line_prints_once_and_the_same() -> None:
     assert "on each of 2 ranks" in errors
 
 
+ENDLESS = ("generate", "Once", "--budget", "64", "--max-tokens", "1000000", "--ignore-eos")
+
+
 def test_a_dead_rank_ends_the_others_with_one_message() -> None:
-    words = ("generate", "Once", "--budget", "64", "--max-tokens", "1000000", "--ignore-eos")
-    processes = start(2, "minillm", *words, module=True)
+    processes = start(2, "minillm", *ENDLESS, module=True)
     assert processes[0].stdout is not None
     assert processes[0].stdout.read(40)  # it has begun to answer
     processes[1].kill()
@@ -222,6 +243,26 @@ def test_a_dead_rank_ends_the_others_with_one_message() -> None:
     assert time.monotonic() - begin < 10
     assert status == 2
     assert errors.count("error: another process that computes this model is gone") == 1
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_hung_rank_ends_the_others_with_one_message(hung: int) -> None:
+    """It is there and says nothing, not even who has spoken, where it is the one that keeps the store."""
+    processes = start(2, HASTY, *ENDLESS)
+    stopped, other = processes[hung], processes[1 - hung]
+    try:
+        assert processes[0].stdout is not None
+        assert processes[0].stdout.read(40)  # it has begun to answer
+        stopped.send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        ((status, _, errors),) = finish([other], 30)
+        assert time.monotonic() - begin > PATIENCE
+    finally:
+        stopped.kill()
+        stopped.communicate()
+    assert status == 2
+    assert errors.count("error: another process that computes this model is gone or does not answer") == 1
+    assert "Traceback" not in errors
 
 
 def test_what_is_wrong_on_every_rank_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
