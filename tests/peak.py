@@ -1,8 +1,8 @@
 """What a fresh process, or each of several, had planned to hold and held at most: a prompt, then eight tokens drawn.
 
 Run as a module, alone or as tests/ranks.py starts several; the one argument is folder, dtype, tokens of the prompt in
-each row, options of `Checkpoint.open` and those of `Checkpoint.plan`, as JSON.  Python, libraries, tokenizer and
-allocator are all in the peak, so nothing may be imported here that a run would not import.
+each row, options of `Checkpoint.open`, those of `Checkpoint.plan`, and perhaps tokens of a chunk, as JSON.  Python,
+libraries, tokenizer and allocator are all in the peak, so nothing may be imported here that a run would not import.
 """
 
 from __future__ import annotations
