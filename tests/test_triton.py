@@ -65,7 +65,7 @@ def test_a_server_replays_its_steps(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     told = python("tools/compile_kernels.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    for kernel in ("enter", "attend", "join"):
+    for kernel in ("enter", "attend", "join", "rms_norm", "gated", "rotate"):
         for capability in ("sm_80", "sm_90"):
             assert re.search(rf"{kernel} +{capability} +[\d,]+ bytes", told), (kernel, capability)
 

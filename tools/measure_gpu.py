@@ -32,10 +32,11 @@ from minillm.backends import reference, triton
 from minillm.backends.graph import Steps, recorder_for
 from minillm.bench import live_bytes, weight_bytes
 from minillm.cache import KVCache
+from minillm.fused import FusedLayer
 from minillm.generate import feed
 from minillm.machine import now, read_bandwidth
 from minillm.memory import held
-from minillm.model import Attention, Transformer
+from minillm.model import Transformer
 from minillm.shapes import SHAPES, Shape
 
 Step = Callable[[], object]
@@ -118,7 +119,7 @@ class Gpu:
 def attending_by(model: Transformer, attend: Any) -> None:
     """From here on, layers attend by another backend."""
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, FusedLayer):
             module.attend = attend
 
 

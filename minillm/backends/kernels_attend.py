@@ -30,7 +30,7 @@ def visible(position, flag, now, window, sinks, FAR: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, q_far, keys, values, scales, positions, flags,
+    q, q_far, stride, far_stride, keys, values, scales, positions, flags,
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
     rows, now, parts, sums,
     kv_heads, slots, dim, group, tokens, cuts, most, window, sinks, scale,
@@ -46,12 +46,13 @@ def attend(
     real = m < group * tokens
     at = tl.load(now + line // kv_heads * tokens + m % tokens, real, other=-1).to(tl.int32)  # [M]
     asked = line.to(tl.int64) * group * tokens + m  # [M]
-    here = asked[:, None] * dim + d[None, :]  # [M, D]
+    batch = (line // kv_heads).to(tl.int64)
+    here = (line % kv_heads * group * tokens + m)[:, None] * dim + d[None, :]  # [M, D], within a row
     there = real[:, None] & (d < dim)[None, :]
-    query = tl.load(q + here, there, other=0).to(MATH)
+    query = tl.load(q + batch * stride + here, there, other=0).to(MATH)
     far = query
     if q_far is not None:
-        far = tl.load(q_far + here, there, other=0).to(MATH)
+        far = tl.load(q_far + batch * far_stride + here, there, other=0).to(MATH)
     top = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     found = tl.zeros([TILE, DIM], tl.float32)
