@@ -304,7 +304,8 @@ def kernel_bytes(plan: CachePlan, tokens: int = 1) -> int:
     most = (-(-tokens // retention.evict_every)) * retention.evict_every if tokens > 1 and plan.evicts else 0
     stored = 2 * config.head_dim + 8 if plan.int8 else 2 * config.head_dim * item  # keys and values, and their scales
     gone = config.num_key_value_heads * (most * (stored + 2 * 4) + (4 if most else 0))
-    return config.num_attention_heads * max(tokens * cuts * (config.head_dim + 2) * 4, codes) + gone
+    parts = tokens * cuts * (config.head_dim + 2) * 4 if cuts > 1 else 0
+    return config.num_attention_heads * max(parts, codes) + gone
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:

@@ -649,7 +649,8 @@ def test_recordings_hold_what_the_plan_says(policy: str, monkeypatch: pytest.Mon
         attending = living.most - q.nbytes  # the result is one of the numbers of a layer
         with torch.inference_mode(), Living() as living:
             triton.enter_(cache.layers[0], q, k, k, Span(now, now, (), 1))
-        assert max(attending, living.most) == kernel_bytes(plan) * rows, (dtype, rows, slots)
+        spare = kernel_bytes(plan) * rows - max(attending, living.most)
+        assert 0 <= spare <= (4 * rows if policy == "hashevict-key" else 0), (dtype, rows, slots)  # fewer codes
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])

@@ -32,13 +32,14 @@ def visible(position, flag, now, window, sinks, FAR: tl.constexpr):
 def attend(
     q, q_far, stride, far_stride, keys, values, scales, positions, flags,
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
-    rows, now, parts, sums,
+    rows, now, parts, sums, out,
     kv_heads, slots, dim, group, tokens, cuts, most, window, sinks, scale,
     FAR: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
     MATH: tl.constexpr,
 ):  # fmt: skip
     """One cut of the slots for a tile of the queries of a KV head, those of its query heads one after the other: their
-    weighted values, largest score and sum of exp.  The last cut takes what has left in the meantime as well.
+    weighted values, largest score and sum of exp; or, where there is one cut, what they come to.  The last cut takes
+    what has left in the meantime as well.
     """
     line, cut = tl.program_id(0), tl.program_id(1)
     place = place_of(line, rows, kv_heads) * slots
@@ -80,10 +81,13 @@ def attend(
                 query, far, top, total, found, seen, position[None, :] <= (at - window)[:, None], gone_keys,
                 gone_values, gone_scales, slot, position >= 0, d, dim, scale, q_far is not None, MATH,
             )  # fmt: skip
-    part = asked * cuts + cut
-    tl.store(parts + part[:, None] * dim + d[None, :], found, there)
-    tl.store(sums + part * 2, top, real)
-    tl.store(sums + part * 2 + 1, total, real)
+    if parts is None:
+        tl.store(out + asked[:, None] * dim + d[None, :], found / tl.maximum(total, 1e-30)[:, None], there)
+    else:
+        part = asked * cuts + cut
+        tl.store(parts + part[:, None] * dim + d[None, :], found, there)
+        tl.store(sums + part * 2, top, real)
+        tl.store(sums + part * 2 + 1, total, real)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     enter     for each KV head of each row: tags keys, chooses victims, writes tokens, in the order of the tokens.  What
               has left between two of them is carried out, with the position from which on nobody sees it
     attend    attention over cuts of the slots, and over what was carried out
-    join      the cuts put together
+    join      the cuts put together, where there are several
 
 So a chunk of a prompt is one call of attention however often it evicts: a query sees what was born before it and has
 not died yet, as it would if tokens came one by one.  A program (kernels.py, kernels_attend.py) belongs to one KV head
@@ -192,13 +192,16 @@ def attend_slots(
     most = SHARED // (_padded(dim) * q.element_size())  # queries, keys and values lie in shared memory
     tile, block = (_padded(group), min(BLOCK, most)) if tokens == 1 else (min(TILE, most // 2), min(BLOCK, most // 2))
     asked, cuts = batch * heads * tokens, triton.cdiv(slots, cut)
-    parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
-    sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [B, H, n, D]
+    parts = sums = None
+    if cuts > 1:
+        parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
+        sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
     (q, stride), (q_far, far_stride) = _by_row(q), (None, 0) if q_far is None else _by_row(q_far)
     kernels_attend.attend[(batch * kv_heads, cuts, triton.cdiv(group * tokens, tile))](
         *(q, q_far, stride, far_stride, whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, *((None,) * 6 if gone is None else gone)),
-        *(rows, positions.contiguous(), parts, sums),
+        *(rows, positions.contiguous(), parts, sums, out),
         *(kv_heads, slots, dim, group, tokens, cuts, 0 if gone is None else gone.keys.shape[2]),
         *(_window(whole), whole.retention.sinks, dim**-0.5),
         FAR=whole.far,
@@ -209,8 +212,8 @@ def attend_slots(
         MATH=_number_kind(q.dtype),
         num_warps=4 if tokens == 1 else 8,
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [B, H, n, D]
-    kernels_attend.join[(asked,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
+    if cuts > 1:
+        kernels_attend.join[(asked,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
     return out
 
 
