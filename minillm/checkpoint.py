@@ -27,7 +27,7 @@ from .engine import rows_alike
 from .errors import CheckpointError, ConfigError
 from .fused import Fusion
 from .memory import held, trim
-from .model import Attention, Transformer
+from .model import Transformer
 from .planner import MemoryPlan, size_of
 from .quant import Scheme
 from .shard import ALONE, Team, require_groups
@@ -191,20 +191,10 @@ class Checkpoint:
             dtype=self.dtype,
             device=self.device,
             scheme=self.scheme,
-            fused=self.backend == "cpu",
+            backend=self.backend,
             progress=progress,
         )
-        return self.team.join_(self.attending(model))
-
-    def attending(self, model: Transformer) -> Transformer:
-        """The model, its layers attending by the backend; those of the CPU's came with it (fused.py)."""
-        if self.backend == "triton":
-            from .backends import triton
-
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    module.attend = triton.attend_
-        return model
+        return self.team.join_(model)
 
     def records(self, cache: KVCache) -> bool:
         """Whether decode steps of a cache run as recordings (backends/graph.py); one on the meta device will do."""

@@ -1,8 +1,9 @@
-"""A transform for the CPU: the layers of a model built on the meta device, replaced by layers of fewer operations.
+"""A transform for backends: the layers of a model built on the meta device, replaced by layers of fewer operations.
 
 A layer here computes what `model.Layer` does, with queries, keys and values in one product, gate and up in another,
-and the weights packed or quantised.  `steps` says which tensors of a checkpoint make which part, so that the loader can
-read, convert and drop them one part at a time.  model.py knows nothing of this, and this knows no files.
+what stands between products by the backend's own means, and weights packed for the CPU, or quantised.  `steps` says
+which tensors of a checkpoint make which part, so that the loader can read, convert and drop them one part at a time.
+model.py knows nothing of this, and this knows no files.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .backends import cpu, linear_cuda, native
-from .backends.linear import Linear, make_linear, quantise
+from .backends.linear import Linear, PlainLinear, make_linear, quantise
 from .model import Attend, Attention, Layer, Rotation, Transformer
 from .quant import Quantised, Scheme
 from .slots import LayerSlots, Span
+
+CPU = torch.device("cpu")
 
 
 class Read(Protocol):
@@ -39,6 +42,24 @@ class Step(NamedTuple):
     install: Callable[[Read], None]
 
 
+class Operations(NamedTuple):
+    """What stands between linear layers, see backends/cpu.py."""
+
+    attend: Attend
+    rms_norm: Callable[..., Tensor]  # x [M, size], weight [size], eps, delta [M, size]
+    gated: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, backend: str) -> Operations:
+        """Those of "cpu" or "triton"."""
+        if backend == "cpu":
+            return cls(cpu.attend_, cpu.rms_norm, cpu.gated, cpu.rotate)
+        from .backends import triton
+
+        return cls(triton.attend_, triton.rms_norm, triton.gated, triton.rotate)
+
+
 class FusedLayer(nn.Module):
     """`model.Layer`, with its arguments, effects and result (in another rounding)."""
 
@@ -47,13 +68,13 @@ class FusedLayer(nn.Module):
     gate_up: Linear
     down: Linear
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, by: Operations) -> None:
         super().__init__()
         attention = layer.self_attn
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         # By the names of a checkpoint, which the loader follows.
         self.self_attn = nn.ModuleDict({"q_norm": attention.q_norm, "k_norm": attention.k_norm})
-        self.attend: Attend = cpu.attend_
+        self.by, self.attend = by, by.attend
         self.normalises = not isinstance(attention.q_norm, nn.Identity)
         self.head_dim = attention.head_dim
         self.heads = attention.q_proj.out_features // self.head_dim
@@ -68,14 +89,14 @@ class FusedLayer(nn.Module):
         parts = self._whole(len(rows)) if plain else None
         if parts is not None and cpu.layer_(cache, rows, parts, self.heads, rotation, far_rotation, span):
             return x
-        qkv = self.qkv(cpu.rms_norm(rows, norm.weight, norm.eps))  # [B * T, (H + 2 Hkv) * D]
+        qkv = self.qkv(self.by.rms_norm(rows, norm.weight, norm.eps))  # [B * T, (H + 2 Hkv) * D]
         y = None
         if plain:
             y = cpu.step_(cache, qkv, self.heads, rotation, far_rotation, span)  # [B, H * D]
         if y is None:
             y = self._attend(qkv.unflatten(0, x.shape[:2]), rotation, far_rotation, span, cache)  # [B * T, H * D]
-        y = self.gate_up(cpu.rms_norm(rows, post.weight, post.eps, delta=self.o(y)))  # x has grown by what o gave
-        rows.add_(self.down(cpu.gated(y)))
+        y = self.gate_up(self.by.rms_norm(rows, post.weight, post.eps, delta=self.o(y)))  # x has grown by what o gave
+        rows.add_(self.down(self.by.gated(y)))
         return x
 
     def _whole(self, rows: int) -> native.Layer | None:
@@ -99,8 +120,8 @@ class FusedLayer(nn.Module):
         if self.normalises:
             q, k = joined[:, :, : self.heads], joined[:, :, self.heads : turning]
             turning_heads = torch.cat((self.self_attn["q_norm"](q), self.self_attn["k_norm"](k)), 2)
-        turned = cpu.rotate(turning_heads, *rotation)  # [B, H + Hkv, T, D]
-        q_far = None if far_rotation is None else cpu.rotate(turning_heads[:, :, : self.heads], *far_rotation)
+        turned = self.by.rotate(turning_heads, *rotation)  # [B, H + Hkv, T, D]
+        q_far = None if far_rotation is None else self.by.rotate(turning_heads[:, :, : self.heads], *far_rotation)
         v = joined[:, :, turning:].transpose(1, 2)  # [B, Hkv, T, D]
         y = self.attend(cache, turned[:, :-kv], turned[:, -kv:], v, span, q_far)  # [B, H, T, D]
         return y.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -122,10 +143,12 @@ def listening(model: Transformer, wrap: Callable[[Attend], Attend]) -> Iterator[
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a model is to be computed on the CPU.  scheme: of its weights; None = in the model's dtype."""
+    """How a model is to be computed, and where.  scheme: of its weights; None = in the model's dtype."""
 
     dtype: torch.dtype
     scheme: Scheme | None = None
+    backend: str = "cpu"
+    device: torch.device = CPU
 
     @property
     def rounds(self) -> bool:
@@ -134,9 +157,10 @@ class Fusion:
 
     def steps(self, model: Transformer) -> Iterator[Step]:
         """Replace the layers of an empty model by empty fused ones, and say what fills them."""
+        by = Operations.of(self.backend)
         for index, layer in enumerate(model.model.layers):
             assert isinstance(layer, Layer)
-            fused, at = FusedLayer(layer), f"model.layers.{index}"
+            fused, at = FusedLayer(layer, by), f"model.layers.{index}"
             linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
             for part, names in {
                 "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -157,8 +181,7 @@ class Fusion:
         def install(read: Read) -> None:
             weight = self._quantised(part, read, module)
             bias = read(f"{module}.bias") if biased else None
-            made = linear_cuda.make_linear(weight, bias, dtype=self.dtype, rounds_activations=self.rounds)  # type: ignore[arg-type]
-            setattr(owner, part, made)
+            setattr(owner, part, self._linear(weight, bias))  # type: ignore[arg-type]
 
         return Step(tuple(f"{module}.{kind}" for kind in ("weight", "bias")[: 1 + biased]), install)
 
@@ -171,18 +194,25 @@ class Fusion:
         def install(read: Read) -> None:
             biases = [read(f"{name}.bias") for name in modules] if biased else []
             bias = torch.cat(biases) if biased else None  # type: ignore[arg-type]
-            weight = self._joined(part, read, modules, heights, width)
-            setattr(owner, part, make_linear(weight, bias, dtype=self.dtype, rounds_activations=self.rounds))
+            setattr(owner, part, self._linear(self._joined(part, read, modules, heights, width), bias))
 
         kinds = ("weight", "bias") if biased else ("weight",)
         return Step(tuple(f"{name}.{kind}" for name in modules for kind in kinds), install)
+
+    def _linear(self, weight: Tensor | Quantised, bias: Tensor | None) -> Linear:
+        options = {"dtype": self.dtype, "rounds_activations": self.rounds}
+        if self.backend == "cpu":
+            return make_linear(weight, bias, **options)  # type: ignore[arg-type]
+        if isinstance(weight, Tensor):
+            return PlainLinear(weight, bias)
+        return linear_cuda.make_linear(weight, bias, **options)  # type: ignore[arg-type]
 
     def _joined(self, part: str, read: Read, modules: list[str], heights: list[int], width: int) -> Tensor | Quantised:
         """The weights [height, width] of several layers, one below the other."""
         if self.scheme is not None:
             found = [self._quantised(part, read, module) for module in modules]
             return Quantised.join(found)
-        joined, at = torch.empty(sum(heights), width, dtype=self.dtype), 0
+        joined, at = torch.empty(sum(heights), width, dtype=self.dtype, device=self.device), 0
         for module, height in zip(modules, heights, strict=True):
             read(f"{module}.weight", out=joined[at : at + height])
             at += height
@@ -197,13 +227,13 @@ class Fusion:
 
 
 def unfused_steps(model: Transformer, dtype: torch.dtype, scheme: Scheme | None) -> Iterator[Step]:
-    """For every other backend: the linear layers of a quantised model one by one.
+    """For the reference: the linear layers of a quantised model one by one.
 
     PyTorch's kernels for CUDA multiply them as they are; elsewhere they are dense for the moment of their use.
     """
     if scheme is None:
         return
-    quantised = Fusion(dtype, scheme)
+    quantised = Fusion(dtype, scheme, "reference")
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module in found.items():
         owner, _, leaf = name.rpartition(".")

@@ -122,14 +122,14 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     scheme: Scheme | None = None,
-    fused: bool = False,
+    backend: str = "reference",
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """The model of `folder`, frozen, in `dtype` on `device`; `progress(bytes read, bytes in all)` follows every tensor.
 
-    scheme: of the linear layers, which are quantised as they are read if they are not stored so.  fused: for the CPU
-    backend, see fused.py.  Raises CheckpointError, before any weight is read, if a file is damaged or the tensors are
-    not exactly the config's.
+    scheme: of the linear layers, which are quantised as they are read if they are not stored so.  backend: who computes
+    it, see fused.py.  Raises CheckpointError, before any weight is read, if a file is damaged or the tensors are not
+    exactly the config's.
     """
     model, stored = empty_model(config), stored_tensors(folder)
     names = check_fit(folder, config, stored)
@@ -163,7 +163,7 @@ def load_model(
         kinds = {part: DTYPE_OF[stored[f"{module}.{part}"].dtype] for part in ("codes", "scales")}
         return Quantised(**{part: tensor(f"{module}.{part}", kind, None, keep) for part, kind in kinds.items()})
 
-    return fill(model, read, dtype=dtype, scheme=scheme, fused=fused)
+    return fill(model, read, dtype=dtype, scheme=scheme, backend=backend, device=device)
 
 
 def random_model(
@@ -172,7 +172,7 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device | None = None,
     scheme: Scheme | str | None = None,
-    fused: bool = True,
+    backend: str = "cpu",
     seed: int = 0,
 ) -> Transformer:
     """A model of this shape that was never trained, for benchmarks, built as `load_model` builds one.
@@ -197,13 +197,23 @@ def random_model(
             part.copy_(source[: part.numel()])
         return made
 
-    return fill(model, read, dtype=dtype, scheme=Scheme(scheme) if isinstance(scheme, str) else scheme, fused=fused)
+    rounded = Scheme(scheme) if isinstance(scheme, str) else scheme
+    return fill(model, read, dtype=dtype, scheme=rounded, backend=backend, device=place)
 
 
-def fill(model: Transformer, read: Read, *, dtype: torch.dtype, scheme: Scheme | None, fused: bool) -> Transformer:
+def fill(
+    model: Transformer,
+    read: Read,
+    *,
+    dtype: torch.dtype,
+    scheme: Scheme | None,
+    backend: str,
+    device: torch.device | None = None,
+) -> Transformer:
     """Give an empty model its tensors, one part after the other, so that the peak is the model and one part."""
     left = dict(model.named_parameters())
-    steps = Fusion(dtype, scheme).steps(model) if fused else unfused_steps(model, dtype, scheme)
+    fusion = Fusion(dtype, scheme, backend, device or torch.device("cpu"))
+    steps = unfused_steps(model, dtype, scheme) if backend == "reference" else fusion.steps(model)
     for step in steps:
         step.install(read)
         for name in step.names:

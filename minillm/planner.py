@@ -34,7 +34,7 @@ RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 <<
 HEAP_WASTE = 0.6
 CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
 CUBLAS_BYTES = 32 << 20  # that cuBLAS keeps for the stream of recordings: what torch gives it on compute capability 9.0
-CUT = 256  # slots of a program of attention, as backends/triton.py cuts them
+CUT, CUT_MANY = 256, 1 << 16  # slots of a program of attention for one token and for many, as backends/triton.py cuts
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
 
@@ -236,9 +236,12 @@ class MemoryPlan:
         rows = self.reading or plan.rows
         width = rows * self.chunk * item
         attending, feeding = 4 * heads * config.head_dim, 3 * config.intermediate_size  # numbers per token
+        attention = attention_bytes(plan, self.chunk, rows)
+        if self.recorded:  # where one token a row goes through kernels, many do
+            attention = max(attention, rows * kernel_bytes(plan, self.chunk))
         parts = {
             "activations": width * (3 * config.hidden_size + max(attending, feeding)),
-            "attention": max(0, attention_bytes(plan, self.chunk, rows) - width * max(0, feeding - attending)),
+            "attention": max(0, attention - width * max(0, feeding - attending)),
             "logits": plan.rows * config.vocab_size * max(item + SAMPLER_BYTES, 12 * self.logit_rows),
         }
         if config.shard is not None:  # sums of the stream, and logits; torch's threads hold as much again, twice
@@ -254,8 +257,9 @@ class MemoryPlan:
 
     def _products(self, tokens: int, logits: int) -> int:
         """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
-        config = self.cache.config
-        hidden, wide = config.hidden_size, max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+        config, hidden = self.cache.config, self.cache.config.hidden_size
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        wide = max(2 * config.intermediate_size, heads * config.head_dim)  # gate and up may be one, see fused.py
         return max(
             product_bytes(tokens, (wide, hidden)),
             product_bytes(tokens, (hidden, wide)),
@@ -289,13 +293,19 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
     }
 
 
-def kernel_bytes(plan: CachePlan) -> int:
-    """What backends/triton.py allocates for the kernels of a layer and row, at most: parts of the attention, with their
-    sums, or the codes of its queries.
+def kernel_bytes(plan: CachePlan, tokens: int = 1) -> int:
+    """What backends/triton.py allocates for the kernels of a layer and row that takes so many tokens, at most: parts of
+    the attention, with their sums, or the codes of its queries; and what has left between the tokens.
     """
-    slots = max(retention.slots for retention in plan.retentions)
-    codes = sum(kind.itemsize * sum(shape) for shape, kind in plan.policy.slot_state(plan.config).values())
-    return plan.config.num_attention_heads * max(-(-slots // CUT) * (plan.config.head_dim + 2) * 4, codes)
+    config, item = plan.config, plan.dtype.itemsize
+    retention = max(plan.retentions, key=lambda retention: retention.slots)
+    cuts = -(-retention.slots // (CUT if tokens == 1 else CUT_MANY))
+    codes = sum(kind.itemsize * sum(shape) for shape, kind in plan.policy.slot_state(config).values())
+    most = (-(-tokens // retention.evict_every)) * retention.evict_every if tokens > 1 and plan.evicts else 0
+    stored = 2 * config.head_dim + 8 if plan.int8 else 2 * config.head_dim * item  # keys and values, and their scales
+    gone = config.num_key_value_heads * (most * (stored + 2 * 4) + (4 if most else 0))
+    parts = tokens * cuts * (config.head_dim + 2) * 4 if cuts > 1 else 0
+    return config.num_attention_heads * max(parts, codes) + gone
 
 
 def attention_bytes(plan: CachePlan, chunk: int, rows: int) -> int:

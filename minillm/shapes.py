@@ -81,10 +81,10 @@ class Shape(Checkpoint):
 
     def load_model(self, progress: Callable[[int, int], None] | None = None) -> Transformer:  # noqa: ARG002
         """Draw the weights."""
-        fused = self.backend == "cpu"
-        model = random_model(self.config, dtype=self.dtype, device=self.device, scheme=self.scheme, fused=fused)
+        where = {"dtype": self.dtype, "device": self.device, "scheme": self.scheme, "backend": self.backend}
+        model = random_model(self.config, **where)  # type: ignore[arg-type]
         trim()  # the numbers that it was drawn from are gone
-        return self.team.join_(self.attending(model))
+        return self.team.join_(model)
 
 
 def shape_config(name: str, layers: int | None = None) -> ModelConfig:

@@ -114,7 +114,7 @@ def by_weights(folder: Path, team: Team) -> Iterator[tuple[str, Any]]:
                     dtype=torch.float32,
                     device=CPU,
                     scheme=None if scheme is None else Scheme(scheme),
-                    fused=fused,
+                    backend="cpu" if fused else "reference",
                 )
                 read = bytes_read() - before
                 cache = make_cache(team.join_(model), "window", SLOTS)

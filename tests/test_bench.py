@@ -144,7 +144,7 @@ def test_a_step_reads_all_weights_but_the_embedding(name: str, backend: str, wei
 
 def test_live_bytes_are_keys_and_values_of_what_is_seen() -> None:
     config = tiny_config()
-    model = random_model(config, dtype=torch.float32, fused=False)
+    model = random_model(config, dtype=torch.float32, backend="reference")
     tokens = torch.randint(97, (2, 40), dtype=torch.int32)
     full = make_cache(model, "full", slots=64, rows=2)
     run(model, full, tokens, chunk=16)
@@ -165,7 +165,7 @@ def test_live_bytes_are_keys_and_values_of_what_is_seen() -> None:
 @pytest.fixture(params=["fused", "fused, qk_norm", "reference"])
 def model(request: pytest.FixtureRequest) -> Transformer:
     config = tiny_config(qk_norm="qk_norm" in request.param)
-    return random_model(config, dtype=torch.float32, fused="fused" in request.param)
+    return random_model(config, dtype=torch.float32, backend="cpu" if "fused" in request.param else "reference")
 
 
 @pytest.mark.usefixtures("_small_buffers")

@@ -76,15 +76,15 @@ def random_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Tran
     return model.to(dtype)
 
 
-def fuse(model: Transformer, scheme: Scheme | None = None, *, fused: bool = True) -> Transformer:
-    """The same weights in the layers of the CPU backend; not fused: of any other, where a scheme quantises them."""
+def fuse(model: Transformer, scheme: Scheme | None = None, *, backend: str = "cpu") -> Transformer:
+    """The same weights in the layers of a backend."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def read(name: str, *, out: Tensor | None = None, keep: bool = False) -> Tensor:  # noqa: ARG001
         return weights[name].clone() if out is None else out.copy_(weights[name])
 
-    dtype = model.model.norm.weight.dtype
-    return fill(empty_model(model.config), read, dtype=dtype, scheme=scheme, fused=fused)
+    like = model.model.norm.weight
+    return fill(empty_model(model.config), read, dtype=like.dtype, scheme=scheme, backend=backend, device=like.device)
 
 
 def tokens_of(length: int, rows: int = 1, seed: int = 0) -> Tensor:

@@ -387,7 +387,7 @@ def test_a_quantised_model_is_one_of_other_numbers(dtype: torch.dtype, shape: st
     right = rounded_copy(model, Scheme(scheme))
     expected = run(right, cache_of(right, "full", retention, rows=2), tokens, 1000)
     for fused in (False, True):
-        quantised = fuse(model, Scheme(scheme), fused=fused)
+        quantised = fuse(model, Scheme(scheme), backend="cpu" if fused else "reference")
         assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
         found = run_mixed(quantised, cache_of(quantised, "full", retention, rows=2), tokens)
         rounds = fused and scheme == "int8" and linear.has_int8()
@@ -400,7 +400,7 @@ def test_float16_is_for_the_reference(scheme: str) -> None:
     """Slow on a CPU, and as near to float32 as float16 is."""
     model, tokens, logits = biased_model(WIDE, torch.float16), tokens_of(40), []
     for dtype in (torch.float16, F32):
-        quantised = fuse(model.to(dtype), Scheme(scheme), fused=False)
+        quantised = fuse(model.to(dtype), Scheme(scheme), backend="reference")
         logits.append(run(quantised, cache_of(quantised, "full", Retention.of(64)), tokens, 16))
     assert distance(*logits) < 0.01
 
@@ -541,7 +541,14 @@ def test_a_quantised_folder_is_read_strictly(damage: Callable[[Tensors], Tensors
     save_file(damage(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     for fused in (False, True):
         with pytest.raises(CheckpointError, match=said):
-            load_model(folder, read_config(folder), dtype=F32, device=CPU, scheme=Scheme("int4"), fused=fused)
+            load_model(
+                folder,
+                read_config(folder),
+                dtype=F32,
+                device=CPU,
+                scheme=Scheme("int4"),
+                backend="cpu" if fused else "reference",
+            )
 
 
 def test_schemes_that_do_not_go_together(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

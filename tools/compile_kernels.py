@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from minillm.backends import kernels, kernels_attend, triton
+from minillm.backends import kernels, kernels_attend, kernels_between, triton
 from minillm.cache import KVCache
 from minillm.config import ModelConfig
 from minillm.eviction import Retention
@@ -26,6 +26,7 @@ from minillm.slots import Span
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 NAMES = {"enter": kernels, "attend": kernels_attend, "join": kernels_attend}
+NAMES |= dict.fromkeys(("rms_norm", "gated", "rotate"), kernels_between)
 CASES: list[tuple[str, str, dict[str, Any]]] = [  # shape of a model, policy, more
     ("llama-3.1-8b", "hashevict-plus", {}),
     ("llama-3.1-8b", "hashevict", {"hash_bits": 64}),
@@ -76,6 +77,12 @@ def step(config: ModelConfig, policy: str, tokens: int, dtype: torch.dtype = tor
     q, k = (torch.zeros(2, count, tokens, dim, dtype=dtype) for count in (heads, kv_heads))
     at = torch.tensor([[600], [3]]) + torch.arange(tokens)  # [2, T]
     triton.attend_(cache.layers[0], q, k, k, Span(at, at, (600, 3), tokens), q)
+    x, wide = (
+        torch.zeros(2 * tokens, size, dtype=dtype) for size in (config.hidden_size, 2 * config.intermediate_size)
+    )
+    triton.rms_norm(x, x[0], 1e-5, x)
+    triton.gated(wide)
+    triton.rotate(q.transpose(1, 2), q[:, :1].transpose(1, 2), q[:, :1].transpose(1, 2))
 
 
 def main() -> None:

@@ -32,10 +32,11 @@ from minillm.backends import reference, triton
 from minillm.backends.graph import Steps, recorder_for
 from minillm.bench import live_bytes, weight_bytes
 from minillm.cache import KVCache
+from minillm.fused import FusedLayer
 from minillm.generate import feed
 from minillm.machine import now, read_bandwidth
 from minillm.memory import held
-from minillm.model import Attention, Transformer
+from minillm.model import Transformer
 from minillm.shapes import SHAPES, Shape
 
 Step = Callable[[], object]
@@ -118,7 +119,7 @@ class Gpu:
 def attending_by(model: Transformer, attend: Any) -> None:
     """From here on, layers attend by another backend."""
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, FusedLayer):
             module.attend = attend
 
 
@@ -261,7 +262,7 @@ def per_second(seconds: float, rows: int) -> Found:
 
 EXPERIMENTS = {run.__name__: run for run in (step, rows, hashing, prefill, context, million, peers)}
 QUICK = "--shape smollm2-135m --layers 1 --dtype float32 --slots 24 --rows 2 --many 2 --few 2 --steps 1 --rounds 1"
-QUICK += " --many-slots 24 --prefill-slots 24 --contexts 40 56 --million 100 --chunk 16"
+QUICK += " --many-slots 24 --prefill-slots 24 --contexts 30 --million 30 --chunk 16"
 
 
 def arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ NOBODY, AGE, HASH, NOVELTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 
 @triton.jit
 def enter(
-    judge, k, v, new_flags, keys, values, scales, positions, flags, free, rows, now,
+    judge, k, v, judge_stride, k_stride, v_stride, new_flags, keys, values, scales, positions, flags, free, rows, now,
     tags, codes, projection, probes, probe_codes, totals,
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
     kv_heads, slots, every, dim, judges, tokens, length, most, window, sinks, recent, bits, words, width,
@@ -25,7 +25,7 @@ def enter(
     the next time.  Where `gone` is given, what leaves is carried out, with the position that saw it no more.
     """
     line = tl.program_id(0)
-    batch = line // kv_heads
+    batch, head = (line // kv_heads).to(tl.int64), line % kv_heads
     first = tl.load(now + batch * tokens).to(tl.int32)
     if first < 0:
         return
@@ -41,12 +41,12 @@ def enter(
             until = every - since % every
             if (RULE != NOBODY) & (since % every == 0):
                 if RULE == HASH:
-                    plane = projection + line % kv_heads * bits * dim if PER_HEAD else projection
+                    plane = projection + head * bits * dim if PER_HEAD else projection
                     hash_keys(keys, scales, codes, plane, free, begin, since, slots, every, dim, bits, width, DIM)
+                    asking = judge + batch * judge_stride + (head * judges * tokens + at - first) * dim
                     hash_judges(
-                        judge + (line * judges * tokens + at - first) * dim, probe_codes + line * judges * width, plane,
-                        judges, tokens, dim, bits, width, GROUP, DIM,
-                    )  # fmt: skip
+                        asking, probe_codes + line * judges * width, plane, judges, tokens, dim, bits, width, GROUP, DIM
+                    )
                 if RULE == NOVELTY:
                     note_novelty(
                         keys, scales, tags, totals + place * dim, free, begin, since, slots, every, dim, LOG_DECAY,
@@ -82,10 +82,11 @@ def enter(
             slot = position.to(tl.int64)
             if at >= slots:
                 slot = tl.load(free + (position - slots) % every, new, other=0)
+            token = position - first
+            here = (head * tokens + token)[:, None] * dim  # within a row
             put(
-                k, v, new_flags, keys, values, scales, positions, flags, begin + slot,
-                line.to(tl.int64) * tokens + position - first, batch * tokens + position - first, position, new, dim,
-                DIM,
+                k + batch * k_stride + here, v + batch * v_stride + here, new_flags, keys, values, scales, positions,
+                flags, begin + slot, batch * tokens + token, position, new, dim, DIM,
             )  # fmt: skip
         tl.debug_barrier()
         at = stop
@@ -94,10 +95,8 @@ def enter(
 
 
 @triton.jit
-def put(
-    k, v, new_flags, keys, values, scales, positions, flags, slot, token, of_row, position, new, dim, DIM: tl.constexpr
-):
-    """Tokens into slots [n], as `LayerCache.write_` says."""
+def put(k, v, new_flags, keys, values, scales, positions, flags, slot, of_row, position, new, dim, DIM: tl.constexpr):
+    """Tokens, whose numbers begin at k and v [n, 1], into slots [n], as `LayerCache.write_` says."""
     d = tl.arange(0, DIM)
     real = new[:, None] & (d < dim)[None, :]
     flag = tl.zeros_like(position)
@@ -105,8 +104,8 @@ def put(
         flag = tl.load(new_flags + of_row, new, other=0).to(tl.int32)
     tl.store(positions + slot, position, new)
     tl.store(flags + slot, flag.to(tl.uint8), new)
-    key = tl.load(k + token[:, None] * dim + d[None, :], real, other=0)  # [n, D]
-    value = tl.load(v + token[:, None] * dim + d[None, :], real, other=0)
+    key = tl.load(k + d[None, :], real, other=0)  # [n, D]
+    value = tl.load(v + d[None, :], real, other=0)
     if scales is not None:
         key = eight_bits(key, scales + slot * 2, new)
         value = eight_bits(value, scales + slot * 2 + 1, new)

@@ -30,15 +30,16 @@ def visible(position, flag, now, window, sinks, FAR: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, q_far, keys, values, scales, positions, flags,
+    q, q_far, stride, far_stride, keys, values, scales, positions, flags,
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
-    rows, now, parts, sums,
+    rows, now, parts, sums, out,
     kv_heads, slots, dim, group, tokens, cuts, most, window, sinks, scale,
     FAR: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
     MATH: tl.constexpr,
 ):  # fmt: skip
     """One cut of the slots for a tile of the queries of a KV head, those of its query heads one after the other: their
-    weighted values, largest score and sum of exp.  The last cut takes what has left in the meantime as well.
+    weighted values, largest score and sum of exp; or, where there is one cut, what they come to.  The last cut takes
+    what has left in the meantime as well.
     """
     line, cut = tl.program_id(0), tl.program_id(1)
     place = place_of(line, rows, kv_heads) * slots
@@ -46,12 +47,13 @@ def attend(
     real = m < group * tokens
     at = tl.load(now + line // kv_heads * tokens + m % tokens, real, other=-1).to(tl.int32)  # [M]
     asked = line.to(tl.int64) * group * tokens + m  # [M]
-    here = asked[:, None] * dim + d[None, :]  # [M, D]
+    batch = (line // kv_heads).to(tl.int64)
+    here = (line % kv_heads * group * tokens + m)[:, None] * dim + d[None, :]  # [M, D], within a row
     there = real[:, None] & (d < dim)[None, :]
-    query = tl.load(q + here, there, other=0).to(MATH)
+    query = tl.load(q + batch * stride + here, there, other=0).to(MATH)
     far = query
     if q_far is not None:
-        far = tl.load(q_far + here, there, other=0).to(MATH)
+        far = tl.load(q_far + batch * far_stride + here, there, other=0).to(MATH)
     top = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     found = tl.zeros([TILE, DIM], tl.float32)
@@ -79,10 +81,13 @@ def attend(
                 query, far, top, total, found, seen, position[None, :] <= (at - window)[:, None], gone_keys,
                 gone_values, gone_scales, slot, position >= 0, d, dim, scale, q_far is not None, MATH,
             )  # fmt: skip
-    part = asked * cuts + cut
-    tl.store(parts + part[:, None] * dim + d[None, :], found, there)
-    tl.store(sums + part * 2, top, real)
-    tl.store(sums + part * 2 + 1, total, real)
+    if parts is None:
+        tl.store(out + asked[:, None] * dim + d[None, :], found / tl.maximum(total, 1e-30)[:, None], there)
+    else:
+        part = asked * cuts + cut
+        tl.store(parts + part[:, None] * dim + d[None, :], found, there)
+        tl.store(sums + part * 2, top, real)
+        tl.store(sums + part * 2 + 1, total, real)
 
 
 @triton.jit

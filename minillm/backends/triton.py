@@ -3,7 +3,7 @@
     enter     for each KV head of each row: tags keys, chooses victims, writes tokens, in the order of the tokens.  What
               has left between two of them is carried out, with the position from which on nobody sees it
     attend    attention over cuts of the slots, and over what was carried out
-    join      the cuts put together
+    join      the cuts put together, where there are several
 
 So a chunk of a prompt is one call of attention however often it evicts: a query sees what was born before it and has
 not died yet, as it would if tokens came one by one.  A program (kernels.py, kernels_attend.py) belongs to one KV head
@@ -11,6 +11,9 @@ of one row: rows may be in different phases, and no bit of one depends on its ne
 
 The rest is the reference's: policies that watch attention weights, and float64.  For policies without a kernel
 eviction.py chooses, and stretches between evictions attend one by one.  Nothing here has state.
+
+What stands between linear layers - norms, rotary positions, gates - is a kernel each, too (kernels_between.py): a step
+of few tokens spends more time on launches, and on passing numbers on, than on such arithmetic.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..policies.hashevict import HashEvict, HashEvictKey
 from ..policies.hashevict_plus import HashEvictPlus
 from ..policies.window import Window
 from ..slots import LayerCache, LayerRows, LayerSlots, Span
-from . import kernels, kernels_attend, reference
+from . import kernels, kernels_attend, kernels_between, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # numbers of a head, at most
@@ -36,6 +39,7 @@ CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch
 CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
 SHARED = 1 << 15  # bytes that keys alone may take there
 SEARCHED = 1024  # slots that are searched for victims at a time
+PASSED = 1024  # numbers of a program that passes them on
 MOST_SLOTS, MOST_BITS, MOST_GROUP = 1 << 16, 256, 127  # what `choose` has bits for: distances add up over a group
 
 
@@ -131,11 +135,12 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
     policy, state, rule = whole.policy, whole.state, rule_of(whole)
     assert rule is not None, "eviction.py chooses for this policy"
     (batch, kv_heads, tokens, dim), slots, every = k.shape, whole.retention.slots, whole.retention.evict_every
-    now, bits, judges, decay = span.positions.contiguous(), 1, 1, 1.0
+    now, bits, judges, judge_stride, decay = span.positions.contiguous(), 1, 1, 0, 1.0
+    (k, k_stride), (v, v_stride) = _by_row(k), _by_row(v)
     judge = tags = projection = probes = totals = now  # what is never read
     if isinstance(policy, HashEvict):
         bits, projection, tags = policy.hash_bits, state["projection"], state["codes"]  # [B, Hkv, S, W]
-        judge = (k if isinstance(policy, HashEvictKey) else q).contiguous()  # [B, G * Hkv, T, D]
+        judge, judge_stride = _by_row(k if isinstance(policy, HashEvictKey) else q)  # [B, G * Hkv, T, D]
         judges = judge.shape[1] // kv_heads
         assert judges <= MOST_GROUP, f"codes of {judges} query heads a KV head add up to more than the kernel counts"
         probes = tags.new_empty(batch, kv_heads, judges, tags.shape[3])  # [B, Hkv, G, W]
@@ -146,7 +151,7 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
     gone = Gone.room_for(whole, batch, tokens) if keeps else None
     many, words = _padded(every), tags.shape[-1]
     kernels.enter[(batch * kv_heads,)](
-        *(judge, k.contiguous(), v.contiguous(), span.flags, whole.keys, whole.values, whole.scales),
+        *(judge, k, v, judge_stride, k_stride, v_stride, span.flags, whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, whole.free, rows, now),
         *(tags, tags.view(torch.uint8), projection, probes, probes.view(torch.uint8), totals),
         *((None,) * 6 if gone is None else gone),
@@ -187,12 +192,16 @@ def attend_slots(
     most = SHARED // (_padded(dim) * q.element_size())  # queries, keys and values lie in shared memory
     tile, block = (_padded(group), min(BLOCK, most)) if tokens == 1 else (min(TILE, most // 2), min(BLOCK, most // 2))
     asked, cuts = batch * heads * tokens, triton.cdiv(slots, cut)
-    parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
-    sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [B, H, n, D]
+    parts = sums = None
+    if cuts > 1:
+        parts = torch.empty(asked, cuts, dim, device=q.device)  # [B * H * n, cuts, D]
+        sums = torch.empty(asked, cuts, 2, device=q.device)  # [B * H * n, cuts, 2]
+    (q, stride), (q_far, far_stride) = _by_row(q), (None, 0) if q_far is None else _by_row(q_far)
     kernels_attend.attend[(batch * kv_heads, cuts, triton.cdiv(group * tokens, tile))](
-        *(q.contiguous(), None if q_far is None else q_far.contiguous(), whole.keys, whole.values, whole.scales),
+        *(q, q_far, stride, far_stride, whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, *((None,) * 6 if gone is None else gone)),
-        *(rows, positions.contiguous(), parts, sums),
+        *(rows, positions.contiguous(), parts, sums, out),
         *(kv_heads, slots, dim, group, tokens, cuts, 0 if gone is None else gone.keys.shape[2]),
         *(_window(whole), whole.retention.sinks, dim**-0.5),
         FAR=whole.far,
@@ -203,9 +212,43 @@ def attend_slots(
         MATH=_number_kind(q.dtype),
         num_warps=4 if tokens == 1 else 8,
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [B, H, n, D]
-    kernels_attend.join[(asked,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
+    if cuts > 1:
+        kernels_attend.join[(asked,)](parts, sums, out, cuts, dim, DIM=_padded(dim), BLOCK=16)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
+    """x [M, size] += delta where there is one; the normalised x."""
+    out, (rows, size) = torch.empty_like(x), x.shape
+    kernels_between.rms_norm[(rows,)](x, delta, weight, out, size, eps, SIZE=_padded(size), num_warps=8)
+    return out
+
+
+def gated(x: Tensor) -> Tensor:
+    """Gate and up [M, 2 I] -> silu(gate) * up [M, I]."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, size)
+    kernels_between.gated[(rows, triton.cdiv(size, PASSED))](x, out, size, BLOCK=PASSED)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [B, T, n, D] turned by cos and sin [B, 1, T, D], see model.rotate -> [B, n, T, D]."""
+    (batch, tokens, heads, dim), block = x.shape, 8
+    out = x.new_empty(batch, heads, tokens, dim)
+    lines = x.flatten(0, 1)  # [B * T, n, D]
+    kernels_between.rotate[(batch * tokens, triton.cdiv(heads, block))](
+        *(lines, cos.contiguous(), sin.contiguous(), out, lines.stride(0), heads, tokens, dim),
+        DIM=_padded(dim),
+        BLOCK=block,
+    )
+    return out
+
+
+def _by_row(x: Tensor) -> tuple[Tensor, int]:
+    """x [B, heads, T, D], or a copy, whose rows are each one piece of memory, and how far apart they are."""
+    x = x if x[0].is_contiguous() else x.contiguous()
+    return x, x.stride(0)
 
 
 def _parts(layer: LayerSlots) -> tuple[LayerCache, Tensor | None]:
