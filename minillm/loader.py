@@ -332,7 +332,8 @@ def _map(file: Path) -> Tensor:
 def _read_into(out: Tensor, entry: Stored) -> Tensor:
     """Fill a contiguous tensor with the bytes of its file, row by row where only some columns are wanted."""
     target = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr()))
-    piece = out.nbytes // entry.shape[0] if entry.pitch else out.nbytes
+    whole = entry.end - entry.begin == out.nbytes
+    piece = out.nbytes if whole else out.nbytes // entry.shape[0]
     with entry.file.open("rb", buffering=0) as file:
         for number, start in enumerate(range(0, out.nbytes, piece or 1)):
             file.seek(entry.begin + number * entry.pitch)
