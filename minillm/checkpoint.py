@@ -5,6 +5,7 @@ Everything that can be wrong with a name, a configuration, a budget or a prompt 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -270,6 +271,11 @@ def choose_backend(requested: str, dtype: torch.dtype, device: torch.device) -> 
         raise ConfigError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
     by_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if requested == "auto":  # not triton: no GPU has run it yet
+        if device.type == "cuda" and triton_missing(device) is None:
+            warnings.warn(
+                "the reference computes here, slowly: --backend triton is there to be fast, but no GPU has run it yet",
+                stacklevel=2,
+            )
         return "cpu" if by_cpu else "reference"
     if requested == "cpu" and not by_cpu:
         kind = str(dtype).removeprefix("torch.")

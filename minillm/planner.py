@@ -258,8 +258,10 @@ class MemoryPlan:
     def _products(self, tokens: int, logits: int) -> int:
         """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
         config, hidden = self.cache.config, self.cache.config.hidden_size
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        wide = max(2 * config.intermediate_size, heads * config.head_dim)  # gate and up may be one, see fused.py
+        heads, feeding = config.num_attention_heads, config.intermediate_size
+        if self.recorded or self.device.type == "cuda":  # gate and up may be one product, see fused.py
+            heads, feeding = heads + 2 * config.num_key_value_heads, 2 * feeding
+        wide = max(feeding, heads * config.head_dim)
         return max(
             product_bytes(tokens, (wide, hidden)),
             product_bytes(tokens, (hidden, wide)),

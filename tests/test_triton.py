@@ -93,8 +93,10 @@ def test_auto_never_takes_it_on_a_cpu() -> None:
     assert choose_backend("auto", torch.float16, CPU) == "reference"
 
 
-def test_auto_does_not_take_what_no_gpu_has_run() -> None:
-    assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "reference"
+def test_auto_does_not_take_what_no_gpu_has_run_and_says_that_it_is_there() -> None:
+    pytest.importorskip("triton", reason=ABSENT)
+    with pytest.warns(UserWarning, match=r"--backend triton is there to be fast, but no GPU has run it yet"):
+        assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "reference"
 
 
 def test_where_it_is_missing_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
