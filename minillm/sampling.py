@@ -252,9 +252,10 @@ class Sampler:
         return Sample(int(chosen), logprob, [(int(i), v) for v, i in zip(pairs[:half], pairs[half:], strict=True)])
 
     def _adjust(self, logits: Tensor) -> Tensor:
-        """Steps 3 and 4: logits [V'] -> scores [V'], a new tensor."""
-        params = self.params
-        scores = logits.index_add(0, self._bias_ids, self._bias)
+        """Steps 3 and 4: logits [V'], which stay what they are -> scores [V']."""
+        params, scores = self.params, logits
+        if params.logit_bias:
+            scores = scores.index_add(0, self._bias_ids, self._bias)
         if params.repetition_penalty != 1:
             factor = params.repetition_penalty
             lowered = torch.where(scores < 0, scores * factor, scores / factor)

@@ -1,6 +1,6 @@
 """The Triton kernels beside the reference: compiled on a GPU (`pytest tests/triton_cases.py`), else interpreted.
 
-Interpreted by test_triton.py, in a process of its own with TRITON_INTERPRET=1.
+Interpreted by test_gpu_backend.py, in a process of its own with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
