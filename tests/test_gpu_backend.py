@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,6 +97,19 @@ def test_auto_never_takes_it_on_a_cpu() -> None:
 def test_auto_does_not_take_what_no_gpu_has_run_and_says_that_it_is_there() -> None:
     pytest.importorskip("triton", reason=ABSENT)
     with pytest.warns(UserWarning, match=r"--backend triton is there to be fast, but no GPU has run it yet"):
+        assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "reference"
+
+
+def test_an_old_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6 and 2.7 bring one that has no `tl.topk`: neither a traceback nor a word of what is there."""
+    triton = pytest.importorskip("triton", reason=ABSENT)
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(
+        ConfigError, match=r"^backend triton cannot serve: its kernels need Triton 3\.4 .*, not 3\.3\.1; "
+    ):
+        choose_backend("triton", torch.bfloat16, torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert choose_backend("auto", torch.bfloat16, torch.device("cuda")) == "reference"
 
 

@@ -34,6 +34,7 @@ from ..slots import LayerCache, LayerRows, LayerSlots, Span
 from . import kernels, kernels_attend, kernels_between, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (3, 4)  # which has `tl.topk`
 WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
 CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
@@ -45,6 +46,8 @@ MOST_SLOTS, MOST_BITS, MOST_GROUP = 1 << 16, 256, 127  # what `choose` has bits 
 
 def missing(device: torch.device) -> str | None:
     """Why the kernels do not run on a device; None where they do."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"its kernels need Triton {OLDEST[0]}.{OLDEST[1]} (torch 2.8 brings it), not {triton.__version__}"
     if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
         return None
     return f"its kernels run on CUDA, and on a CPU under TRITON_INTERPRET=1 alone, for tests; not on {device.type}"
