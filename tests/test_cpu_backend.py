@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import Sequence
 import torch
 from torch import Tensor, nn
 
@@ -502,7 +503,9 @@ def test_who_computes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert choose_backend("auto", dtype, cpu_device) == choose_backend("cpu", dtype, cpu_device) == "cpu"
         assert choose_backend("reference", dtype, cpu_device) == "reference"
-        assert choose_backend("auto", dtype, cuda) == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Triton is there, if it is
+            assert choose_backend("auto", dtype, cuda) == "reference"
     assert choose_backend("auto", torch.float16, cpu_device) == "reference"
     with pytest.raises(ConfigError, match=r"backend cpu computes .* not float16 on cpu; use --backend reference"):
         choose_backend("cpu", torch.float16, cpu_device)

@@ -65,16 +65,16 @@ def test_a_server_replays_its_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    told = python("tools/compile_kernels.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    command = ("tools/compile_kernels.py", "--capability", "90")
+    told = python(*command, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     for kernel in ("enter", "attend", "join", "rms_norm", "gated", "rotate"):
-        for capability in ("sm_80", "sm_90"):
-            assert re.search(rf"{kernel} +{capability} +[\d,]+ bytes", told), (kernel, capability)
+        assert re.search(rf"{kernel} +sm_90 +[\d,]+ bytes", told), kernel
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs() -> None:
-    """Every experiment but the one with peers, which has to compile them."""
-    experiments = ("step", "rows", "hashing", "prefill", "context", "million")
+    """The experiments that differ in kind."""
+    experiments = ("step", "hashing", "prefill", "million")
     told = python("tools/measure_gpu.py", "--quick", *experiments, TRITON_INTERPRET="1")
     found = json.loads(told.splitlines()[-1])["found"]
     assert tuple(found) == experiments
