@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import warnings
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import Sequence
 import torch
 from torch import Tensor, nn
 
