@@ -65,7 +65,7 @@ def test_a_server_replays_its_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    command = ("tools/compile_kernels.py", "--capability", "90")
+    command = ("tools/compile_kernels.py", "--capability", "90", "--tokens", "1")
     told = python(*command, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     for kernel in ("enter", "attend", "join", "rms_norm", "gated", "rotate"):
         assert re.search(rf"{kernel} +sm_90 +[\d,]+ bytes", told), kernel
@@ -73,13 +73,12 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs() -> None:
-    """The experiments that differ in kind."""
-    experiments = ("step", "hashing", "prefill", "million")
+    """Of steps, and of prompts; the others take as long as they are alike."""
+    experiments = ("step", "million")
     told = python("tools/measure_gpu.py", "--quick", *experiments, TRITON_INTERPRET="1")
     found = json.loads(told.splitlines()[-1])["found"]
     assert tuple(found) == experiments
     assert [line["way"] for line in found["step"][:3]] == ["reference", "kernels", "recorded"]
-    assert {line["policy"] for line in found["prefill"]} == {"full", "hashevict-plus", "h2o"}
     assert len({line["held_bytes"] for line in found["million"]}) == 1
 
 

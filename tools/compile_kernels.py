@@ -89,13 +89,14 @@ def main() -> None:
     """A line for every kernel, case and capability."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="80 = A100, 90 = H100")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 256], help="of a row at once (default: 1 256)")
     parser.add_argument("--all", action="store_true", help="more dtypes and options; takes a minute or two")
     args = parser.parse_args()
     for name, module in NAMES.items():
         setattr(module, name, Compiled(vars(module)[name], args.capability))
     for shape, policy, options in CASES + (MORE if args.all else []):
         print(shape, policy, *(f"{name}={value}" for name, value in options.items()))
-        for tokens in (1, 256):
+        for tokens in args.tokens:
             print(f" {tokens} token{'s' * (tokens > 1)}")
             step(shape_config(shape, 1), policy, tokens, **dict(options))
 
