@@ -170,17 +170,17 @@ class KVCache:
         assert self.ahead, "a token is fed before it is kept"
         self.seen, self.ahead = [seen + 1 for seen in self.seen], False
 
-    @torch.inference_mode()
     def take_back_(self) -> None:
         """Empty the slots of a token that was fed ahead, if there is one; the device is not waited for."""
-        if not self.ahead:
+        if not self.ahead:  # as in every step that is not recorded
             return
         self.ahead = False
-        for layer in self.layers:
-            for row, seen in enumerate(self.seen):
-                fed = layer.positions[row] >= seen  # [Hkv, S]
-                layer.positions[row].masked_fill_(fed, NOTHING)
-                layer.flags[row].masked_fill_(fed, 0)
+        with torch.inference_mode():
+            for layer in self.layers:
+                for row, seen in enumerate(self.seen):
+                    fed = layer.positions[row] >= seen  # [Hkv, S]
+                    layer.positions[row].masked_fill_(fed, NOTHING)
+                    layer.flags[row].masked_fill_(fed, 0)
 
     def note_flags(self) -> None:
         """From now on some token may have flags."""

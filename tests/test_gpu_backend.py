@@ -73,7 +73,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs() -> None:
-    """Of steps, and of prompts; the others take as long as they are alike."""
+    """One experiment with steps and one with prompts; the others are made of the same parts."""
     experiments = ("step", "million")
     told = python("tools/measure_gpu.py", "--quick", *experiments, TRITON_INTERPRET="1")
     found = json.loads(told.splitlines()[-1])["found"]

@@ -201,7 +201,7 @@ def hash_keys(keys, scales, codes, plane, free, begin, since, slots, every, dim,
         if since > 0:
             slot = tl.load(free + n, n < new, other=0)
         slot = begin + slot
-        key = numbers(keys, scales, 0, slot, d, n < new, dim)  # [n, D]
+        key = numbers(keys, scales, slot, d, n < new, dim)  # [n, D]
         put_codes(key, codes + slot * width, n < new, plane, dim, bits, width, TAGGED, DIM)
 
 
@@ -238,14 +238,14 @@ def note_novelty(
         total, plain = tl.zeros([DIM], tl.float64), tl.zeros([DIM], tl.float64)
         for start in range(0, slots, TAGGED):
             n = start + tl.arange(0, TAGGED)
-            direction = directions(numbers(keys, scales, 0, begin + n, d, n < slots, dim))  # [n, D]
+            direction = directions(numbers(keys, scales, begin + n, d, n < slots, dim))  # [n, D]
             share = tl.exp2((slots - 1 - n).to(tl.float64) * LOG_DECAY).to(tl.float32)  # [n]; masked rows are zero
             total += tl.sum(share[:, None] * direction, 0).to(tl.float64)
             plain += tl.sum(direction, 0).to(tl.float64)
         mean = (plain / tl.maximum(tl.sqrt(tl.sum(plain * plain, 0)), 1e-12)).to(tl.float32)  # [D]
         for start in range(0, slots, TAGGED):
             n = start + tl.arange(0, TAGGED)
-            direction = directions(numbers(keys, scales, 0, begin + n, d, n < slots, dim))  # [n, D]
+            direction = directions(numbers(keys, scales, begin + n, d, n < slots, dim))  # [n, D]
             cosine = tl.sum(direction * mean[None, :], 1)  # [n]
             tl.store(tags + begin + n, nearest(-cosine).to(tl.bfloat16), n < slots)
         tl.store(totals + d, total, d < dim)
@@ -255,7 +255,7 @@ def note_novelty(
             i = tl.arange(0, TAGGED)
             new = start + i < every
             slot = begin + tl.load(free + start + i, new, other=0)
-            direction = directions(numbers(keys, scales, 0, slot, d, new, dim).to(tl.float64))  # [n, D]
+            direction = directions(numbers(keys, scales, slot, d, new, dim).to(tl.float64))  # [n, D]
             power = tl.exp2((i + 1).to(tl.float64) * LOG_DECAY)[:, None]  # [n, 1]
             sums = (tl.cumsum(direction / power, 0) + total[None, :]) * power  # [n, D]
             cosine = tl.sum(direction * sums, 1) / tl.maximum(tl.sqrt(tl.sum(sums * sums, 1)), 1e-12)  # [n]
@@ -280,9 +280,9 @@ def directions(x):
 
 
 @triton.jit
-def numbers(stored, scales, which, slot, d, mask, dim):
-    """Keys (which = 0) or values (1) as float32: [n, D]."""
-    x = tl.load(stored + slot[:, None] * dim + d[None, :], mask[:, None] & (d < dim)[None, :], other=0).to(tl.float32)
+def numbers(keys, scales, slot, d, mask, dim):
+    """Keys as float32: [n, D]."""
+    x = tl.load(keys + slot[:, None] * dim + d[None, :], mask[:, None] & (d < dim)[None, :], other=0).to(tl.float32)
     if scales is not None:
-        x = x * tl.load(scales + slot * 2 + which, mask, other=0)[:, None]
+        x = x * tl.load(scales + slot * 2, mask, other=0)[:, None]
     return x
