@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from .session import Prompt, Session
 from .shard import ALONE, Team
 from .slots import PUNCTUATION, SPECIAL
 from .stream import Stream
+
+if TYPE_CHECKING:
+    from .backends.graph import Steps
 
 
 class LLM:
@@ -58,13 +62,19 @@ class LLM:
         self.checkpoint, self.model, self.plan, self.chunk, self.memory = checkpoint, model, plan, chunk, memory
         self.cache = plan.allocate(checkpoint.device)
         self.team: Team = checkpoint.team  # who counts and draws together
-        # Those of a server's many rows are its engine's business.
-        self.steps = checkpoint.recorded(model, self.cache) if plan.rows == 1 else None
         if plan.policy.needs_kinds:
             self.cache.kinds = torch.zeros(checkpoint.config.vocab_size, dtype=torch.uint8)
             self.cache.kinds[checkpoint.tokenizer.special_ids()] = SPECIAL
             self.cache.kinds[checkpoint.tokenizer.punctuation_ids()] = PUNCTUATION
         self.owner: object = None  # whoever fed the cache last: nobody else may go on with what is in it
+
+    @cached_property
+    def steps(self) -> Steps | None:
+        """Recorded decode steps, where the backend makes them: before the first answer, as who scores needs none.
+
+        Those of a server's many rows are its engine's business.
+        """
+        return self.checkpoint.recorded(self.model, self.cache) if self.plan.rows == 1 else None
 
     @classmethod
     def load(
