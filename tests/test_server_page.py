@@ -153,6 +153,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(f"--{word}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    found.command_executor.client_config.timeout = 30  # seconds: a page that hangs fails soon
     yield found
     found.quit()
 
@@ -319,6 +320,18 @@ def test_the_bar_follows_an_answer_that_can_be_stopped(visitor: Visitor, server:
     spans = [span for turn in visitor.run("return chat.turns.map(turn => spans(turn))") for span in turn]
     assert [start for _, start, _ in spans] == [0, *(end for _, _, end in spans[:-1])]
     assert spans[-1][2] == server.session(session)["seen_tokens"]
+
+
+def test_a_page_slower_than_its_model_hears_every_key(visitor: Visitor) -> None:
+    visitor.set(max_tokens=100_000, temperature=0)
+    visitor.run(ENDLESS)
+    visitor.driver.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": 8})
+    visitor.begin("the dog sat")
+    visitor.until(f"seen() > {10 * SLOTS}")
+    visitor.press(ESCAPE)
+    visitor.rest()
+    assert visitor.texts(".answer .note") == ["stopped"]
+    assert visitor.texts(".answer .text")[0] == visitor.run("return chat.turns[0].answer.trimStart()")  # all that came
 
 
 def test_an_answer_is_read_out_in_sentences(visitor: Visitor) -> None:
