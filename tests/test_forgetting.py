@@ -195,7 +195,7 @@ def test_full_ends_where_the_training_did_unless_told_otherwise(
 def test_the_meter_shows_speed_and_what_is_kept(folder: Path, tmp_path: Path) -> None:
     """In a real process, on a text that takes longer than two seconds."""
     text = tmp_path / "long.txt"
-    text.write_text(WORDS * 1500)
+    text.write_text(WORDS * 100)
     argv = ["generate", "--model", str(folder), "--file", str(text), "--budget", "48", "--chunk", "16"]
     code = "import sys; from minillm.cli import report, main; report.QUIET_S = 0.0; report.SECONDS_BETWEEN = 0.0, 0.1"
     code += f"; sys.exit(main.main({[*argv, '--max-tokens', '1', '--threads', '1']!r}))"

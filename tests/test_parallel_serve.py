@@ -24,19 +24,21 @@ from .ranks import start
 from .serving import Served, serving
 
 OPTIONS = ("--rows", 3, "--budget", 64, "--chunk", 16, "--dtype", "float32", "--memory", "500MiB")
-IDLE = 3  # seconds that the others would wait for a leader who says nothing
+IDLE = 3  # seconds that they wait for one who says nothing
 START = f"""
 import sys
 from datetime import timedelta
 from torch.distributed import distributed_c10d
 from minillm.cli.main import main
-from minillm.server.leader import Follower
+from minillm.server.leader import Follower, Leader
 
-def run(self, patiently=Follower.run):
-    distributed_c10d._set_pg_timeout(timedelta(seconds={IDLE}))
-    patiently(self)
+def hasty(act):
+    def acts(self):
+        distributed_c10d._set_pg_timeout(timedelta(seconds={IDLE}))
+        act(self)
+    return acts
 
-Follower.run = run
+Follower.run, Leader.here = hasty(Follower.run), hasty(Leader.here)
 sys.exit(main())
 """
 ONCE = "Once upon a time there was a little dog. He liked to play in the park with his friends."
@@ -261,6 +263,23 @@ def test_a_process_that_dies_while_nobody_asks_ends_the_others(dead: int) -> Non
     with together(2) as group:
         group.processes[dead].kill()
         require_one_message(group, dead=dead)
+
+
+@pytest.mark.parametrize("hung", [0, 1], ids=["leader", "follower"])
+def test_a_process_that_hangs_ends_the_others(hung: int) -> None:
+    """Rank 0 has the place where they agree on who speaks, too."""
+    with together(2) as group:
+        time.sleep(IDLE)  # they have met since
+        other = group.processes[1 - hung]
+        group.processes[hung].send_signal(signal.SIGSTOP)
+        assert other.wait(30) == 2
+        if hung == 0:
+            said = _read(other)
+        else:
+            group.served.close()
+            said = "".join(group.served.said)
+    assert said.count("error: another process that computes this model is gone or does not answer") == 1
+    assert "Traceback" not in said
 
 
 def test_an_answer_whose_end_nobody_counts_is_an_error() -> None:

@@ -48,7 +48,7 @@ RECALL = "minillm-recall"  # in weights/
 FAMILIES = tuple(task for task in TASKS if task != "keys-first")
 BITS = (4, 8, 16, 24, 32, 64, 128)
 WHOLE = {"contexts": 64, "seeds": 3}  # defaults ...
-QUICK = {"contexts": 4, "seeds": 1}  # ... and with --quick
+QUICK = {"contexts": 2, "seeds": 1}  # ... and with --quick
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("experiment", choices=(*EXPERIMENTS, "all"))
     add("--model", action="append", metavar="MODEL", help="repeatable for sizes (default: weights/minillm-recall)")
     add("--haystack", type=Path, default=SAMPLE, metavar="PATH", help="prose: a text or a folder of texts")
-    add("--contexts", type=positive, metavar="N", help="of each task (default: 64; 4 with --quick)")
+    add("--contexts", type=positive, metavar="N", help="of each task (default: 64; 2 with --quick)")
     add("--tokens", type=positive, metavar="N", help="of a context (default: 1,024 for retrieval, else 512)")
     add("--rows", type=positive, default=32, metavar="N", help="contexts read side by side (default: 32)")
     add("--seeds", type=positive, metavar="N", help="of projections (default: 3; 1 with --quick)")
