@@ -28,7 +28,7 @@ from minillm.engine import Engine
 from minillm.eviction import Retention
 from minillm.generate import generate
 from minillm.model import Transformer, rotate
-from minillm.planner import kernel_bytes, recording_bytes
+from minillm.planner import CUT_MANY, kernel_bytes, recording_bytes
 from minillm.policies import make_policy
 from minillm.sampling import Sampler, SamplingParams
 from minillm.slots import PINNED, LayerCache, Span
@@ -668,6 +668,7 @@ def test_chunks_take_what_the_plan_says(policy: str, int8: bool, monkeypatch: py
         triton.attend_slots(layer, q, span_of([20], length=25).positions, None, gone)
     here = 25 * 8 * (1 + 2)  # positions, on the device and as they come
     assert abs(living.most - q.nbytes - kernel_bytes(plan, 25)) <= here
+    assert CUT_MANY == triton.CUT_MANY  # nobody has so many slots here
 
 
 @pytest.mark.parametrize(("policy", "replayed", "served"), [("window", 1.0, 1.0), ("keydiff", 0.0, 1 / 3)])
