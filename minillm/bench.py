@@ -213,6 +213,7 @@ class Bench:
     def _take_apart(self, case: Case) -> dict[str, float]:
         """Shares of the time of a decode step, see breakdown.py."""
         trim()  # what the case before has left
+        torch.cuda.empty_cache()  # likewise; nothing without CUDA
         cache, token, _ = self._prefill(case)
         recorded = self._recorded(cache)  # for the peak of memory: Python cannot look into it
         unwatched = min(UNWATCHED, self.tokens - 1)

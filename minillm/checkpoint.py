@@ -79,7 +79,7 @@ class Checkpoint:
 
         Raises ModelNotFoundError, ConfigError or CheckpointError.
         """
-        place = _device(device)
+        place = choose_device(device)
         folder = hub.resolve(name, revision=revision, offline=offline, weights=with_weights)
         config = team.part_of(loader.read_config(folder))
         kind = loader.choose_dtype(dtype, config, place)
@@ -298,7 +298,8 @@ def triton_missing(device: torch.device) -> str | None:
     return triton.missing(device)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that a name means.  Raises ConfigError."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device("cuda" if available["cuda"] else "cpu")

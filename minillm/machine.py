@@ -23,7 +23,10 @@ def read_bandwidth(device: torch.device) -> float:
 
     Whoever's caches hold more than the buffers, or a model that is smaller than its caches, can be faster.
     """
-    buffers = [torch.ones(BUFFER_NUMBERS, device=device) for _ in range(BUFFERS)]
+    if device.type == "cuda":  # one that is read again and again: a kernel of 64 MiB would be over before it is fast
+        buffers = [torch.ones(BUFFERS * BUFFER_NUMBERS, device=device)] * BUFFERS
+    else:
+        buffers = [torch.ones(BUFFER_NUMBERS, device=device) for _ in range(BUFFERS)]
     once, best = torch.ones(1 << 12, device=device), math.inf
     ways: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, lambda buffer: buffer.view(-1, len(once)).mv(once))
     for way in ways * 3:

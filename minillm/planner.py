@@ -33,7 +33,9 @@ RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 <<
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
 HEAP_WASTE = 0.6
 CONVERSION_BYTES = 8 << 20  # what loading needs beside tensors: 1 MiB more than nothing was measured
-CUBLAS_BYTES = 32 << 20  # that cuBLAS keeps for the stream of recordings: what torch gives it on compute capability 9.0
+# For each of two streams on CUDA, that of recordings being the second: what cuBLAS keeps (as torch has it on compute
+# capability 9.0), and the last segments, of 2 and 20 MiB, that torch has begun to hand out.  Read, not measured.
+STREAM_BYTES = (32 + 2 + 20) << 20
 CUT, CUT_MANY = 256, 1 << 16  # slots of a program of attention for one token and for many, as backends/triton.py cuts
 SAMPLER_BYTES = 48  # per id of the vocabulary, of float32 logits, penalties, and the sorting that top-p needs
 
@@ -218,7 +220,7 @@ class MemoryPlan:
         if not self.recorded:
             return 0
         found, rows = sum(recording_bytes(self.cache).values()), self.cache.rows
-        found += CUBLAS_BYTES if self.device.type == "cuda" else 0
+        found += STREAM_BYTES if self.device.type == "cuda" else 0
         return found + (self._products(rows, rows) if self.weights.quantised and not self.weights.packed else 0)
 
     def _workspace(self) -> dict[str, int]:
@@ -253,7 +255,7 @@ class MemoryPlan:
         if self.recorded:
             parts["recording"] = self.recording
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
-        return parts | {"runtime": RUNTIME_BYTES + self._compiled()}
+        return parts | {"runtime": RUNTIME_BYTES + self._libraries()}
 
     def _products(self, tokens: int, logits: int) -> int:
         """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
@@ -268,8 +270,10 @@ class MemoryPlan:
             product_bytes(logits, (config.vocab_size, hidden)),
         )
 
-    def _compiled(self) -> int:
-        """Bytes of the kernels that oneDNN compiles."""
+    def _libraries(self) -> int:
+        """Bytes of the kernels that oneDNN compiles, or of what CUDA's libraries keep."""
+        if self.device.type == "cuda":
+            return STREAM_BYTES
         narrow = self.cache.dtype.itemsize < 4 or self.weights.quantised > 0
         if self.device.type != "cpu" or not (self.weights.packed or (narrow and cpu_has_bfloat16())):
             return 0
@@ -282,7 +286,7 @@ def recording_bytes(plan: CachePlan) -> dict[str, int]:
     buffers: a token, a position and a row for each, and logits in float32.  step: the workspace of the widest step at
     its widest moment, which graphs keep: numbers of a layer (see `MemoryPlan._workspace`) with angles in float64, and
     what is allocated for kernels; or else the logits before they are copied.
-    Not counted, for nobody has measured it: how torch rounds what graphs allocate.
+    How torch rounds what graphs allocate is in STREAM_BYTES.
     """
     config, item, dim = plan.config, plan.dtype.itemsize, plan.config.head_dim
     heads = config.num_attention_heads + config.num_key_value_heads

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .checkpoint import Checkpoint, choose_backend, choose_scheme
+from .checkpoint import Checkpoint, choose_backend, choose_device, choose_scheme
 from .config import ModelConfig
 from .errors import ConfigError
 from .fused import Fusion
@@ -60,7 +60,7 @@ class Shape(Checkpoint):
     ) -> Shape:
         """layers: fewer than the model has.  The rest as in Checkpoint.open.  Raises ConfigError."""
         config = team.part_of(shape_config(name, layers))
-        place = Checkpoint.open(device=device).device  # decided as for every model
+        place = choose_device(device)
         kind = choose_dtype(dtype, config, place)
         chosen = choose_backend(backend, kind, place)
         scheme = choose_scheme(weights, config, chosen, place)

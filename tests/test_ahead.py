@@ -1,7 +1,7 @@
 """Tokens that are fed before they are known: the same answers, and the same caches, as by generate.py.
 
 Here attention in a recorded step is the reference's, row by row, and a recorded step is run again: all but the kernels
-and the graphs.  triton_cases.py has the kernels.
+and the graphs.  test_triton.py has the kernels.
 """
 
 from __future__ import annotations

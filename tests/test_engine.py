@@ -73,9 +73,9 @@ def params(number: int) -> SamplingParams:
     return SamplingParams(seed=number, logprobs=0, **rules[number % 3])
 
 
-def job(number: int, length: int, **options: Any) -> Job:
+def job(number: int, length: int, device: torch.device = torch.device("cpu"), **options: Any) -> Job:  # noqa: B008
     prompt = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(number))
-    sampler = Reads64(params(number), VOCAB, VOCAB, (2,), torch.device("cpu"))
+    sampler = Reads64(params(number), VOCAB, VOCAB, (2,), device)
     return Job(prompt.to(torch.int32), sampler, **options)
 
 
@@ -108,7 +108,7 @@ def run(engine: Engine, jobs: list[Job], order: random.Random | None = None) -> 
 
 def alone(model: Transformer, policy: str, one: Job, chunk: int, **options: Any) -> list[int]:
     cache = cache_for(model, policy, 1, **options)
-    sampler = Reads64(one.sampler.params, VOCAB, VOCAB, (2,), torch.device("cpu"))
+    sampler = Reads64(one.sampler.params, VOCAB, VOCAB, (2,), cache.device)
     samples = generate(model, cache, one.prompt, sampler, max_tokens=one.max_tokens, chunk=chunk, pins=one.pins)
     return [sample.token_id for sample in samples]
 

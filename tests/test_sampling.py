@@ -179,7 +179,7 @@ def test_draws_follow_the_distribution(params: SamplingParams, filtered: Any) ->
 
 
 def test_a_seed_repeats_and_a_drawn_seed_is_recorded() -> None:
-    logits = random_logits(50, 0)
+    logits = torch.zeros(50)  # two seeds never draw 40 times the same
     first = sampler(SamplingParams(temperature=1.0), 50)
     tokens = [first.sample(logits).token_id for _ in range(40)]
     again = sampler(SamplingParams(temperature=1.0, seed=first.seed), 50)

@@ -24,15 +24,15 @@ from minillm.shapes import shape_config
 from minillm.slots import Span
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 NAMES = {"enter": kernels, "attend": kernels_attend, "join": kernels_attend}
 NAMES |= dict.fromkeys(("rms_norm", "gated", "rotate"), kernels_between)
 CASES: list[tuple[str, str, dict[str, Any]]] = [  # shape of a model, policy, more
     ("llama-3.1-8b", "hashevict-plus", {}),
-    ("llama-3.1-8b", "hashevict", {"hash_bits": 64}),
+    ("llama-3.1-8b", "hashevict", {}),
 ]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
-    ("llama-3.1-8b", "hashevict", {"int8": True, "position_mode": "window"}),
+    ("llama-3.1-8b", "hashevict", {"hash_bits": 64, "int8": True, "position_mode": "window"}),
     ("llama-3.1-8b", "hashevict-plus", {"int8": True, "dtype": torch.float32, "position_mode": "window"}),
     ("qwen2.5-0.5b", "hashevict-key", {"hash_bits": 128, "dtype": torch.float16}),
     ("qwen2.5-0.5b", "window", {"dtype": torch.float32}),
@@ -55,7 +55,8 @@ class Compiled:
         kinds, fixed, aligned = {}, {}, {}
         for at, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):  # as a launch does
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:  # as a launch does
                 kinds[parameter.name], fixed[at,] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 kinds[parameter.name], aligned[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]

@@ -13,13 +13,14 @@
     peers     the step beside transformers with a static cache, compiled, where that is installed
 
 Rounds are interleaved, so that a busy moment hits everything alike; what is printed are medians, and JSON in the last
-line.  Whether the numbers are right is `pytest tests/triton_cases.py`'s business.  Without a GPU this runs only under
+line.  Whether the numbers are right is `pytest tests/test_triton.py`'s business.  Without a GPU this runs only under
 TRITON_INTERPRET=1 (--quick), which measures nothing but that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ class Gpu:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        interpreted = triton.missing(torch.device("cpu")) is None
+        device = "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
         self.shape = Shape.of(
             args.shape, args.layers, dtype=args.dtype, device=device, weights=args.weights, backend="triton"
         )
@@ -233,13 +235,16 @@ def peers(gpu: Gpu) -> Iterator[Found]:
     with torch.device(gpu.device):
         model = transformers.AutoModelForCausalLM.from_config(theirs, dtype=gpu.shape.dtype).eval()
     kept = transformers.StaticCache(config=theirs, max_cache_len=slots)
-    token, at = torch.ones(1, 1, dtype=torch.int64, device=gpu.device), torch.tensor([slots // 2], device=gpu.device)
+    model(gpu.prompt(slots // 2).to(gpu.device), past_key_values=kept)  # a cache begun while compiling has no graphs
+    token = torch.ones(1, 1, dtype=torch.int64, device=gpu.device)
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
     def step() -> None:
-        logits = forward(input_ids=token, past_key_values=kept, cache_position=at, use_cache=True).logits  # [1, 1, V]
+        logits = forward(input_ids=token, past_key_values=kept, use_cache=True).logits  # [1, 1, V]
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
+    for _ in range(4):
+        step()  # recorded before ours: that clears what cuBLAS keeps, and our graph would still read it
     cache = gpu.cache(slots)
     gpu.read(cache, slots + 5)
     found = gpu.seconds({"ours": gpu.recorded(cache), "transformers": step})
@@ -303,6 +308,10 @@ def main() -> None:
     found: dict[str, list[Found]] = {}
     for name in dict.fromkeys(args.experiments):
         found[name] = []
+        gc.collect()
+        if gpu.device.type == "cuda":  # each experiment has a peak of its own
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         for line in EXPERIMENTS[name](gpu):
             found[name].append(line)
             print(f"  {name}: " + ", ".join(f"{what} {_short(value)}" for what, value in line.items()), flush=True)

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -70,11 +71,20 @@ class Eager:
 
 
 class Cuda:
-    """CUDA graphs, which share one pool of memory: no two of them ever run at once."""
+    """CUDA graphs, which share one pool of memory: no two of them ever run at once.
+
+    And one stream, as cuBLAS keeps a workspace for each.  A graph that goes frees the workspace of its stream (torch
+    2.13), and torch hands out 32 streams in turn: one is taken that no other recorder has.
+    """
+
+    _living: ClassVar[WeakSet[Cuda]] = WeakSet()
 
     def __init__(self, rows: int) -> None:
         self._pool: torch.cuda._POOL_HANDLE | None = None
-        self._stream = torch.cuda.Stream()  # one for all, as cuBLAS keeps a workspace for each
+        taken = {other._stream for other in self._living}
+        streams = (torch.cuda.Stream() for _ in range(32))
+        self._stream: torch.cuda.Stream = next((one for one in streams if one not in taken), torch.cuda.Stream())
+        self._living.add(self)
         self._held = torch.empty(rows * MOST_FACTS, pin_memory=True)
         self._copied = torch.cuda.Event()
 
@@ -86,7 +96,8 @@ class Cuda:
             step()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
         self._pool = graph.pool()
         return graph.replay

@@ -11,7 +11,7 @@ TAGGED = tl.constexpr(32)  # tokens that are tagged, written or carried out at a
 NOBODY, AGE, HASH, NOVELTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # who chooses, by what
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "most"])  # every prompt ends otherwise: not one to compile for each
 def enter(
     judge, k, v, judge_stride, k_stride, v_stride, new_flags, keys, values, scales, positions, flags, free, rows, now,
     tags, codes, projection, probes, probe_codes, totals,

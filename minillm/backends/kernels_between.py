@@ -12,6 +12,7 @@ def rms_norm(x, delta, weight, out, size, eps, SIZE: tl.constexpr):
     number = tl.load(x + here, real, other=0)
     if delta is not None:
         number = (number.to(tl.float32) + tl.load(delta + here, real, other=0).to(tl.float32)).to(number.dtype)
+        tl.debug_barrier()  # a narrow row is loaded by more than one thread for each number
         tl.store(x + here, number, real)
     number = number.to(tl.float32)
     scaled = number * tl.rsqrt(tl.sum(number * number, 0) / size + eps)

@@ -1,7 +1,4 @@
-"""The Triton kernels beside the reference: compiled on a GPU (`pytest tests/triton_cases.py`), else interpreted.
-
-Interpreted by test_gpu_backend.py, in a process of its own with TRITON_INTERPRET=1.
-"""
+"""The Triton kernels beside the reference: compiled where there is a GPU, else interpreted (conftest.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import LLM
 from minillm.ahead import generate_ahead
-from minillm.backends import kernels, kernels_attend, kernels_between, reference, triton
+from minillm.backends import reference
 from minillm.backends.graph import Eager, Steps, recorder_for, refusal
 from minillm.budget import CachePlan
 from minillm.cache import CacheRows, KVCache, PositionMode
@@ -40,11 +37,13 @@ from .test_engine import run as run_jobs
 from .test_memory_plan import Living
 from .tiny_checkpoint import write_checkpoint
 
+pytest.importorskip("triton", reason="triton is not installed; there are wheels for Linux on x86-64")
+from minillm.backends import kernels, kernels_attend, kernels_between, triton
+
 INTERPRETED = triton.missing(torch.device("cpu")) is None
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 CLOSE = 2e-6 if INTERPRETED else 2e-5
 TRAINED = 18
-pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU; TRITON_INTERPRET=1")
 
 
 def layer_of(
@@ -95,12 +94,15 @@ def same(layer: LayerCache, other: LayerCache) -> None:
     """Every tensor, bit for bit; the sum of directions but for the order of sums.
 
     torch on a GPU divides by a number as it multiplies by its inverse: scales may differ there, and so what they scale.
+    Kernels divide by their own approximation there, so a novelty may be the next bfloat16.
     """
     for name, tensor in layer.tensors().items():
         scaled = layer.scales is not None and name in ("keys", "values", "scales")
-        if name == "total" or (scaled and not INTERPRETED):
+        if name == "total" or ((scaled or name == "novelty") and not INTERPRETED):
             steps = 1 if tensor.dtype == torch.int8 else 1e-6
-            torch.testing.assert_close(other.tensors()[name], tensor, rtol=1e-6, atol=steps)
+            torch.testing.assert_close(
+                other.tensors()[name], tensor, rtol=2**-7 if name == "novelty" else 1e-6, atol=steps
+            )
         else:
             assert torch.equal(other.tensors()[name], tensor), name
 
@@ -521,12 +523,12 @@ def test_an_answer_may_end_at_any_token(policy: str) -> None:
 def test_an_engine_replays_what_it_draws() -> None:
     """Rows that come and go, beside a row that is not its own; greedy and drawn by lot: as generate.py gives them."""
     model = on_triton(model_of(tiny_config(vocab_size=VOCAB)))
-    cache = cache_for(model, "hashevict-plus", 3, slots=16)
+    cache = cache_for(model, "hashevict-plus", 3, slots=16, device=DEVICE)
     engine = Engine(model, cache, chunk=16, rows=2, steps=Steps(model, cache, Eager(), rows=2, fewest=2))
-    jobs = [job(n, length, max_tokens=6 - n, start_at=2 * n) for n, length in enumerate((14, 2, 3))]
-    run_jobs(engine, [jobs[0], job(9, 3, leave_after=2), *jobs[1:]])
+    jobs = [job(n, length, DEVICE, max_tokens=6 - n, start_at=2 * n) for n, length in enumerate((14, 2, 3))]
+    run_jobs(engine, [jobs[0], job(9, 3, DEVICE, leave_after=2), *jobs[1:]])
     for one in jobs:
-        assert one.ids == alone(model, "hashevict-plus", one, 16, slots=16)
+        assert one.ids == alone(model, "hashevict-plus", one, 16, slots=16, device=DEVICE)
 
 
 @pytest.mark.parametrize("policy", ["hashevict-plus", "h2o"])
@@ -636,7 +638,7 @@ def test_recordings_hold_what_the_plan_says(policy: str, monkeypatch: pytest.Mon
     for dtype, rows, slots in product((torch.float32, torch.bfloat16), (1, 5), (40, 600)):
         budget = None if policy == "full" else slots
         plan = CachePlan.of(config, budget=budget, whole=slots, dtype=dtype, policy=policy, rows=rows)
-        cache, model = plan.allocate(DEVICE), on_triton(tiny_model(config, dtype)).to(DEVICE)
+        cache, model = plan.allocate(DEVICE), on_triton(tiny_model(config, dtype).to(DEVICE))
         steps, planned = steps_of(model, cache), recording_bytes(plan)
         assert sum(tensor.nbytes for tensor in steps.buffers) == planned["buffers"]
         with torch.inference_mode(), Living() as living:
