@@ -191,7 +191,7 @@ HOSTILE = {
     "huge string": ("{{ ('x' * 10 ** 10) | length }}", "MiB of memory"),
     "doubling": (
         "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "memory",
+        "memory|within 1 s",  # whichever a busy machine comes to first
     ),
     "padding": ("{{ 'x' | center(10 ** 10) }}", "MiB of memory"),
     "long output": ("{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}", "longer than"),

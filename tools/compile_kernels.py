@@ -55,13 +55,15 @@ class Compiled:
         kinds, fixed, aligned = {}, {}, {}
         for at, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
-            one = type(value) is int and value == 1 and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or one:  # as a launch does
+            special = type(value) is int and not parameter.do_not_specialize  # what a launch knows of it
+            if parameter.is_constexpr or value is None or (special and value == 1):
                 kinds[parameter.name], fixed[at,] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 kinds[parameter.name], aligned[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
             else:
                 kinds[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                if special and value % 16 == 0:
+                    aligned[at,] = [["tt.divisibility", 16]]
         for capability in self.capabilities:
             source = ASTSource(self.kernel, kinds, fixed, aligned)
             made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)

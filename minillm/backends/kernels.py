@@ -18,7 +18,7 @@ def enter(
     gone_keys, gone_values, gone_scales, gone_positions, deaths, gone,
     kv_heads, slots, every, dim, judges, tokens, length, most, window, sinks, recent, bits, words, width,
     RULE: tl.constexpr, FAR: tl.constexpr, PER_HEAD: tl.constexpr, LOG_DECAY: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr,
+    DIM: tl.constexpr, MASK: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`length` tokens of a row through one KV head, as `reference.attend_` has it but for attention: whenever no slot
     is free those tokens are tagged that came since the last time, and victims chosen; then tokens are written up to
@@ -55,7 +55,7 @@ def enter(
                 tl.debug_barrier()  # what one thread wrote another one reads
                 victims = choose(
                     positions, flags, tags, probes + line * judges * words, begin, at, slots, window, sinks, recent,
-                    judges, words, RULE, FAR, MASK, WIDE, K,
+                    judges, words, RULE, FAR, MASK, RUNS, RUN, K,
                 )  # fmt: skip
                 tl.store(free + tl.arange(0, K), victims, tl.arange(0, K) < every)
                 tl.debug_barrier()
@@ -148,37 +148,55 @@ def carry_out(
 @triton.jit
 def choose(
     positions, flags, tags, probes, begin, at, slots, window, sinks, recent, judges, words,
-    RULE: tl.constexpr, FAR: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr,
+    RULE: tl.constexpr, FAR: tl.constexpr, MASK: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """`eviction.choose`: the K slots that go first, in order: [K].
 
-    As there one integer a slot says who goes: 16 bits of score (codes and bfloat16 have no more), 32 of age and, as
-    no two ages are equal, the slot itself in the rest, so that the least integers are the victims.
+    Sorting is what costs, so most slots are only compared: a run of RUN slots is as good as its best, and who goes is
+    in one of the K best runs.
     """
     best = tl.full([K], -(2**63), tl.int64)
-    for start in range(0, slots, WIDE):
-        n = start + tl.arange(0, WIDE)
-        slot = begin + n
-        position = tl.load(positions + slot, n < slots, other=-1)
-        flag = tl.load(flags + slot, n < slots, other=0)
-        order = tl.zeros_like(position)  # age alone
-        if RULE == HASH:
-            for word in range(words):
-                code = tl.load(tags + slot * words + word, n < slots, other=0).to(tl.int64)
-                for g in range(judges):
-                    probe = tl.load(probes + g * words + word).to(tl.int64)
-                    order -= ones_of((code ^ probe) & MASK)  # minus the Hamming distance
-        if RULE == NOVELTY:
-            score = tl.load(tags + slot, n < slots, other=0).to(tl.float32)
-            number = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True) >> 16  # no -0.0
-            order = number ^ ((number >> 15) & 0x7FFF)
-        protected = (position < sinks) | (position >= at - recent) | ((flag & 1) > 0)
-        order = tl.where(protected, LAST, order)
-        order = tl.where(visible(position, flag, at, window, sinks, FAR), order, FIRST)
-        age = tl.where(position == -1, n, position.to(tl.int64) + slots)  # empty ones before all others
-        least = tl.where(n < slots, (order.to(tl.int64) << 48) + (age << 16) + n, 2**63 - 1)
-        best = tl.topk(tl.cat(best, tl.topk(~least, K), can_reorder=True), K)  # [K], the least first
-    return ~best & 0xFFFF
+    in_run = tl.arange(0, RUN)[None, :]
+    for start in range(0, slots, RUNS * RUN):
+        n = start + tl.arange(0, RUNS)[:, None] * RUN + in_run  # [RUNS, RUN]
+        place = place_in_line(
+            positions, flags, tags, probes, n, begin, at, slots, window, sinks, recent, judges, words, RULE, FAR, MASK
+        )
+        best = tl.topk(tl.cat(best, tl.topk(~tl.min(place, 1), K), can_reorder=True), K)  # [K], the least first
+    n = (~best & 0xFFFF).to(tl.int32)[:, None] // RUN * RUN + in_run  # [K, RUN]
+    place = place_in_line(
+        positions, flags, tags, probes, n, begin, at, slots, window, sinks, recent, judges, words, RULE, FAR, MASK
+    )
+    return ~tl.topk(~tl.reshape(place, [K * RUN]), K) & 0xFFFF
+
+
+@triton.jit
+def place_in_line(
+    positions, flags, tags, probes, n, begin, at, slots, window, sinks, recent, judges, words,
+    RULE: tl.constexpr, FAR: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One integer for each slot n, the least of whom goes first: 16 bits of score (codes and bfloat16 have no more), 32
+    of age and, as no two ages are equal, the slot itself in the rest.
+    """
+    slot = begin + n
+    position = tl.load(positions + slot, n < slots, other=-1)
+    flag = tl.load(flags + slot, n < slots, other=0)
+    order = tl.zeros_like(position)  # age alone
+    if RULE == HASH:
+        for word in range(words):
+            code = tl.load(tags + slot * words + word, n < slots, other=0).to(tl.int64)
+            for g in range(judges):
+                probe = tl.load(probes + g * words + word).to(tl.int64)
+                order -= ones_of((code ^ probe) & MASK)  # minus the Hamming distance
+    if RULE == NOVELTY:
+        score = tl.load(tags + slot, n < slots, other=0).to(tl.float32)
+        number = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True) >> 16  # no -0.0
+        order = number ^ ((number >> 15) & 0x7FFF)
+    protected = (position < sinks) | (position >= at - recent) | ((flag & 1) > 0)
+    order = tl.where(protected, LAST, order)
+    order = tl.where(visible(position, flag, at, window, sinks, FAR), order, FIRST)
+    age = tl.where(position == -1, n, position.to(tl.int64) + slots)  # empty ones before all others
+    return tl.where(n < slots, (order.to(tl.int64) << 48) + (age << 16) + n, 2**63 - 1)
 
 
 @triton.jit
@@ -255,13 +273,16 @@ def note_novelty(
             i = tl.arange(0, TAGGED)
             new = start + i < every
             slot = begin + tl.load(free + start + i, new, other=0)
-            direction = directions(numbers(keys, scales, slot, d, new, dim).to(tl.float64))  # [n, D]
-            power = tl.exp2((i + 1).to(tl.float64) * LOG_DECAY)[:, None]  # [n, 1]
-            sums = (tl.cumsum(direction / power, 0) + total[None, :]) * power  # [n, D]
-            cosine = tl.sum(direction * sums, 1) / tl.maximum(tl.sqrt(tl.sum(sums * sums, 1)), 1e-12)  # [n]
+            key = numbers(keys, scales, slot, d, new, dim).to(tl.float64)  # [n, D]
+            power = tl.exp2((i + 1).to(tl.float64) * LOG_DECAY)  # [n]
+            # Directions and sums before they fade, so that no matrix is divided: at position i they are times power[i].
+            direction = key * (1 / (tl.maximum(tl.sqrt(tl.sum(key * key, 1)), 1e-12) * power))[:, None]  # [n, D]
+            sums = tl.cumsum(direction, 0) + total[None, :]  # [n, D]
+            length = power * tl.sqrt(tl.sum(sums * sums, 1))  # [n]
+            cosine = power * power * tl.sum(direction * sums, 1) / tl.maximum(length, 1e-12)  # [n]
             tl.store(tags + slot, nearest((-cosine).to(tl.float32)).to(tl.bfloat16), new)
-            last = i == tl.minimum(every - start, TAGGED) - 1
-            total = tl.sum(tl.where(last[:, None], sums, 0.0), 0)
+            count = tl.minimum(every - start, TAGGED).to(tl.float64)
+            total = (total + tl.sum(direction, 0)) * tl.exp2(count * LOG_DECAY)
         tl.store(totals + d, total, d < dim)
 
 

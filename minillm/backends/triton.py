@@ -39,7 +39,7 @@ WIDEST = 256  # numbers of a head, at most
 CUT, BLOCK = 256, 64  # slots of a program of `attend`, the same for every batch; and those it takes at a time
 CUT_MANY, TILE = 1 << 16, 64  # the same where many tokens attend, and how many queries it takes
 SHARED = 1 << 15  # bytes that keys alone may take there
-SEARCHED = 1024  # slots that are searched for victims at a time
+RUNS, RUN = 256, 16  # runs of slots that are compared at a time, and slots of one, see `kernels.choose`
 PASSED = 1024  # numbers of a program that passes them on
 MOST_SLOTS, MOST_BITS, MOST_GROUP = 1 << 16, 256, 127  # what `choose` has bits for: distances add up over a group
 
@@ -153,6 +153,7 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
     keeps = policy.evicts and tokens > 1 and span.may_pass(slots)
     gone = Gone.room_for(whole, batch, tokens) if keeps else None
     many, words = _padded(every), tags.shape[-1]
+    run = min(RUN, max(1, _padded(slots) // many))
     kernels.enter[(batch * kv_heads,)](
         *(judge, k, v, judge_stride, k_stride, v_stride, span.flags, whole.keys, whole.values, whole.scales),
         *(whole.positions, whole.flags, whole.free, rows, now),
@@ -167,7 +168,8 @@ def enter_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Go
         GROUP=_padded(judges),
         DIM=_padded(dim),
         MASK=(1 << 8 * tags.itemsize) - 1 if tags.itemsize < 8 else -1,  # of a word that has become int64
-        WIDE=max(many, min(SEARCHED, _padded(slots))),
+        RUNS=max(many, min(RUNS, _padded(slots) // run)),
+        RUN=run,
         K=many,
         num_warps=8,
     )
