@@ -191,7 +191,7 @@ HOSTILE = {
     "huge string": ("{{ ('x' * 10 ** 10) | length }}", "MiB of memory"),
     "doubling": (
         "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "memory|within 1 s",  # whichever a busy machine comes to first
+        "memory",
     ),
     "padding": ("{{ 'x' | center(10 ** 10) }}", "MiB of memory"),
     "long output": ("{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}", "longer than"),
@@ -220,7 +220,7 @@ HOSTILE = {
 def test_hostile_templates_are_stopped(case: str) -> None:
     source, reason = HOSTILE[case]
     with pytest.raises(TemplateError, match=reason) as caught:
-        ChatTemplate(source, {}, seconds=1.0).render(say("u: x"))
+        ChatTemplate(source, {}, seconds=1.0 if "within 1 s" in reason else 30.0).render(say("u: x"))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
 
