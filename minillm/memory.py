@@ -21,6 +21,9 @@ from .errors import MemoryPromiseError
 
 STATUS = re.compile(r"^Vm(?:HWM|RSS):\s+(\d+) kB$", re.MULTILINE)  # the peak, then the present
 UNKNOWN = sys.maxsize  # bytes, where the system does not tell: nothing is refused
+# By how much a peak may rise that nobody has broken a promise with again: Linux sums up what each core has counted when
+# it likes (the same peak was read 288 KiB apart on 2 cores), and telling an error takes memory as well.
+PEAK_NOISE = 4 << 20
 
 
 class Held(NamedTuple):
@@ -109,14 +112,17 @@ class Guard:
     def __init__(self, promise: int, device: torch.device | str, remedy: str) -> None:
         """promise: bytes that are never to be exceeded.  remedy: what to do about it, for the error."""
         self.promise, self.device, self.remedy = promise, torch.device(device), remedy
-        self._before = held(device).peak  # of whatever this process did earlier: a peak is news only beyond it
+        self._known = self._news_beyond(held(device).peak)  # what this process did earlier is no news
+
+    def _news_beyond(self, peak: int) -> int:
+        return peak + PEAK_NOISE if peak > self.promise else self.promise
 
     def check(self) -> None:
         """Raise MemoryPromiseError if more is held than was promised, or was between two checks."""
         now, peak = held(self.device)
-        most = peak if peak > self._before else now
+        most = peak if peak > self._known else now
         if most > self.promise:
-            self._before = peak
+            self._known = self._news_beyond(peak)
             raise MemoryPromiseError(
                 f"memory has reached {most:,} bytes, {most - self.promise:,} above the promise of {self.promise:,}; "
                 f"{self.remedy}"

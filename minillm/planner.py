@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backends.linear import can_pack
 from .backends.linear_cuda import product_bytes
 from .budget import Budget, CachePlan
 from .cache import query_block
 from .errors import BudgetError
 from .inventory import DTYPES, Weights
-from .loader import cpu_has_bfloat16
 from .memory import Guard, held, room
 from .units import size
 
@@ -265,17 +265,19 @@ class MemoryPlan:
             heads, feeding = heads + 2 * config.num_key_value_heads, 2 * feeding
         wide = max(feeding, heads * config.head_dim)
         return max(
-            product_bytes(tokens, (wide, hidden)),
-            product_bytes(tokens, (hidden, wide)),
-            product_bytes(logits, (config.vocab_size, hidden)),
+            product_bytes(tokens, (wide, hidden), self.device),
+            product_bytes(tokens, (hidden, wide), self.device),
+            product_bytes(logits, (config.vocab_size, hidden), self.device),
         )
 
     def _libraries(self) -> int:
         """Bytes of the kernels that oneDNN compiles, or of what CUDA's libraries keep."""
         if self.device.type == "cuda":
             return STREAM_BYTES
-        narrow = self.cache.dtype.itemsize < 4 or self.weights.quantised > 0
-        if self.device.type != "cpu" or not (self.weights.packed or (narrow and cpu_has_bfloat16())):
+        half = self.cache.dtype.itemsize < 4
+        narrow = half or self.weights.quantised > 0
+        compiles = (self.weights.packed and not half) or (narrow and can_pack(torch.bfloat16))
+        if self.device.type != "cpu" or not compiles:
             return 0
         return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
 

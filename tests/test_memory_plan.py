@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from minillm.cli.main import main
 from minillm.eviction import evict_
 from minillm.inventory import Weights
 from minillm.loader import save_checkpoint
-from minillm.memory import Guard, Room, held, room, trim
+from minillm.memory import Guard, Held, Room, held, room, trim
 from minillm.planner import CONVERSION_BYTES, MemoryPlan, attention_bytes, size_of
 from minillm.policies import POLICIES
 from tests.helpers import tiny_config, tiny_model
@@ -242,6 +243,28 @@ def test_a_broken_promise_stops_the_run(folder: Path) -> None:
     assert llm.generate([5, 6, 7], max_tokens=3, ignore_eos=True).usage.completion_tokens == 3  # a new request may try
     with pytest.raises(MemoryPromiseError):
         Guard(1, "cpu", "remedy").check()
+
+
+@pytest.mark.parametrize(
+    "readings",  # MiB now and at most, of which a promise of 100 is broken by those that are marked
+    [
+        [(90, 90, False), (90, 101, True), (90, 102, False), (90, 105, False), (101, 105, True), (90, 150, True)],
+        [(90, 200, False), (90, 203, False), (90, 205, True), (90, 205, False), (100, 205, False), (101, 205, True)],
+    ],
+    ids=["kept-before", "broken-before"],
+)
+def test_a_broken_promise_is_told_once(readings: list[tuple[int, int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak stays when the memory is given back, and is read a little higher later: no new request pays for that."""
+
+    def read(now: int, peak: int) -> None:
+        monkeypatch.setattr("minillm.memory.held", lambda _: Held(now * MIB, peak * MIB))
+
+    read(*readings[0][:2])
+    guard = Guard(100 * MIB, "cpu", "remedy")
+    for now, peak, broken in readings:
+        read(now, peak)
+        with pytest.raises(MemoryPromiseError, match="above the promise") if broken else nullcontext():
+            guard.check()
 
 
 def tree(root: Path, files: dict[str, object]) -> Path:

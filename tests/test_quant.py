@@ -200,7 +200,7 @@ def test_layers_of_numbers(rows: int, width: int, dtype: torch.dtype, biased: bo
 def test_dense_blocks(
     count: quant.Bits, rows: int, width: int, dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "DENSE_NUMBERS", 20 * width)  # several blocks, the last one shorter
+    monkeypatch.setitem(linear.DENSE_NUMBERS, "cpu", 20 * width)  # several blocks, the last one shorter
     weight, bias = quantise(random(rows, width, scale=0.1), count), bias_of(rows, biased, dtype)
     layer = DenseLinear(weight, bias)
     assert (layer.form is not None) == (
@@ -238,7 +238,7 @@ def test_4_bits_by_native_c(rows: int, width: int, way: str, monkeypatch: pytest
         check(layer, weight.dense(torch.float64), bias, BF16)
 
 
-@pytest.mark.skipif(not linear.has_int8(), reason="torch was built without oneDNN's 8-bit products")
+@pytest.mark.skipif(not linear.has_int8(), reason="oneDNN's 8-bit products overflow on this CPU, or are not there")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("rows", "width"), WIDTHS)
@@ -278,7 +278,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.mark.skipif(not linear.has_int8(), reason="torch was built without oneDNN's 8-bit products")
+@pytest.mark.skipif(not linear.has_int8(), reason="oneDNN's 8-bit products overflow on this CPU, or are not there")
 def test_onednn_has_a_kernel_for_everything() -> None:
     """Where it has none, its reference multiplies a number at a time: on CPUs without AMX, all of int8 times int8."""
     command = [sys.executable, "-c", SLOW]
@@ -680,13 +680,14 @@ def test_a_session_goes_on_with_the_same_weights_only(tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(str(folder), weights=weights, device="cpu", dtype="bfloat16", offline=True)
         return LLM(checkpoint, checkpoint.load_model(), checkpoint.plan(budget=32))
 
-    session = load("int8").session(temperature=0.0)
+    session = load("int8-a16").session(temperature=0.0)
     session.append("the dog sat on the mat")
     session.save(tmp_path / "file")
-    for weights, said in (("auto", "as they are"), ("int4", "int4"), ("int8-a16", "int8-a16")):
-        with pytest.raises(SessionError, match=rf"weights int8 \(here {said}\)"):
+    others = {"auto": "as they are", "int4": "int4"} | ({"int8": "int8"} if linear.has_int8() else {})
+    for weights, said in others.items():
+        with pytest.raises(SessionError, match=rf"weights int8-a16 \(here {said}\)"):
             load(weights).session(temperature=0.0).load(tmp_path / "file")
-    again = load("int8").session(temperature=0.0)
+    again = load("int8-a16").session(temperature=0.0)
     again.load(tmp_path / "file")
     expected = session.generate(max_tokens=5).finish().token_ids
     assert again.generate(max_tokens=5).finish().token_ids == expected
@@ -734,7 +735,8 @@ def test_generate_takes_a_scheme(scheme: str, capsys: pytest.CaptureFixture[str]
     assert main(["generate", "Once upon a time", "--weights", scheme, *words]) == 0
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["token_ids"]) == 12
-    assert f" in {scheme} and " in captured.err
+    done = "int8-a16" if scheme == "int8" and not linear.has_int8() else scheme
+    assert f" in {done} and " in captured.err
 
 
 def test_tiny_models_without_any_width_of_32_can_be_asked_for_4_bits() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quant import GROUP, Bits, Quantised
-from .linear import DENSE_NUMBERS, DenseLinear, Linear
+from .linear import DenseLinear, Linear, dense_numbers
 
 MOST_ROWS = 64  # of activations for `_weight_int4pack_mm`, which reads all weights again for every 16
 EVEN_ROWS = 32  # `_int_mm` refuses 16 rows and fewer, and cuBLAS has summed 17 wrongly (pytorch#107671)
@@ -50,13 +50,13 @@ def keeps_zeros(shape: tuple[int, int], device: torch.device, dtype: torch.dtype
     return kind_of(shape, 4, device, dtype, rounds_activations=False) is Int4CudaLinear
 
 
-def product_bytes(count: int, shape: tuple[int, int]) -> int:
+def product_bytes(count: int, shape: tuple[int, int], device: torch.device) -> int:
     """The most bytes that a product of `count` rows of activations holds beside them and what it gives, in any layer
     of `make_linear`: a block of weights as numbers, or two digits of activations and their products.
     """
     rows, width = shape
     digits = 2 * count + EVEN_ROWS
-    return max(11 * min(DENSE_NUMBERS, rows * width), 16 * count * width + digits * (2 * width + 8 * rows))
+    return max(11 * min(dense_numbers(device), rows * width), 16 * count * width + digits * (2 * width + 8 * rows))
 
 
 def missing(device: torch.device) -> str | None:

@@ -84,7 +84,8 @@ def backends() -> dict[str, Any]:
     cuda = linear_cuda.missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     why = native.missing() or ("" if dtype == torch.bfloat16 else "it computes in bfloat16 alone")
-    packed, int8 = "torch, plain (oneDNN does not multiply it here)", "dense blocks (torch lacks oneDNN's int8)"
+    packed = "torch, plain (oneDNN does not multiply it here)"
+    int8 = "dense blocks of weights, as int8-a16 (oneDNN's 8-bit products would overflow here, or are not there)"
     sample = torch.arange(64 * 32).view(64, 32).to(dtype)  # who multiplies it, multiplies a model
     if linear.can_pack(dtype):
         packed = "oneDNN, weights packed once" + _of_few(linear.OneDNNLinear(sample, None))
