@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends.linear import can_pack
+from .backends.linear import can_pack, has_int8
 from .backends.linear_cuda import product_bytes
 from .budget import Budget, CachePlan
 from .cache import query_block
@@ -26,8 +26,8 @@ from .memory import Guard, held, room
 from .units import size
 
 # Code of the libraries that is paged in, their buffers, and the tokenizer's cache of words: 5 to 12 MiB were measured
-# with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where weights are packed, or the CPU multiplies bfloat16, oneDNN
-# compiles kernels for the shapes it meets: 17 to 31 MiB in all, 12 to 21 where all is float32.
+# with torch 2.13 on 1 and 2 threads of an AMD EPYC.  Where oneDNN multiplies (packed float32; bfloat16 with AVX512
+# alone), it compiles kernels for the shapes it meets: 17 to 31 MiB in all, 12 to 21 where all is float32.
 RUNTIME_BYTES, COMPILED_BYTES, COMPILED_FLOAT32_BYTES = 16 << 20, 18 << 20, 9 << 20
 # Freed blocks between live ones, which the heap cannot give back: up to 0.6 of the workspace was measured with glibc.
 # Mapping every large block (mallopt) takes that away, but makes prefill at 8,192 slots 30% slower: page faults.
@@ -221,7 +221,7 @@ class MemoryPlan:
             return 0
         found, rows = sum(recording_bytes(self.cache).values()), self.cache.rows
         found += STREAM_BYTES if self.device.type == "cuda" else 0
-        return found + (self._products(rows, rows) if self.weights.quantised and not self.weights.packed else 0)
+        return found + (self._products(rows, rows) if self._dense else 0)
 
     def _workspace(self) -> dict[str, int]:
         """Bytes of one forward pass at its widest moment, and of what the libraries keep for themselves.
@@ -230,7 +230,7 @@ class MemoryPlan:
         queries, keys, values, their rotated copies and the result, whichever is more.  attention: see
         `attention_bytes`; beyond what is counted already, as the feed-forward has its turn later.  logits: those of one
         token and what is computed to draw the next one, or, three times in float32, those of the positions that are
-        scored together.  products: of weights that are kept in 8 or 4 bits, where they do not come with fused.py.
+        scored together.  products: of weights in 8 or 4 bits, where they become numbers when they are multiplied.
         recording: of decode steps, which nothing else can use.
         """
         plan, config = self.cache, self.cache.config
@@ -250,12 +250,17 @@ class MemoryPlan:
             parts["exchange"] = 3 * max(
                 width * config.hidden_size, item * plan.rows * self.logit_rows * config.vocab_size
             )
-        if self.weights.quantised and not self.weights.packed:
+        if self._dense:
             parts["products"] = self._products(rows * self.chunk, plan.rows * self.logit_rows)
         if self.recorded:
             parts["recording"] = self.recording
         parts["heap"] = int(HEAP_WASTE * sum(parts.values()))
         return parts | {"runtime": RUNTIME_BYTES + self._libraries()}
+
+    @property
+    def _dense(self) -> bool:
+        """Whether weights in 8 or 4 bits become numbers when they are multiplied, a block at a time."""
+        return self.weights.quantised > 0 and not (self.weights.packed and has_int8())
 
     def _products(self, tokens: int, logits: int) -> int:
         """Bytes that a product with weights in 8 or 4 bits holds, of so many tokens or positions whose logits it is."""
@@ -274,12 +279,12 @@ class MemoryPlan:
         """Bytes of the kernels that oneDNN compiles, or of what CUDA's libraries keep."""
         if self.device.type == "cuda":
             return STREAM_BYTES
-        half = self.cache.dtype.itemsize < 4
-        narrow = half or self.weights.quantised > 0
-        compiles = (self.weights.packed and not half) or (narrow and can_pack(torch.bfloat16))
-        if self.device.type != "cpu" or not compiles:
+        packed, half = self.weights.packed, self.cache.dtype.itemsize < 4
+        if self.device.type != "cpu":
             return 0
-        return COMPILED_BYTES if narrow else COMPILED_FLOAT32_BYTES
+        if half or self.weights.quantised:
+            return COMPILED_BYTES if can_pack(torch.bfloat16) or (packed and not half and has_int8()) else 0
+        return COMPILED_FLOAT32_BYTES if packed else 0
 
 
 def recording_bytes(plan: CachePlan) -> dict[str, int]:

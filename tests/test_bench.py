@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minillm import machine
-from minillm.backends.linear import Linear
+from minillm.backends.linear import Linear, has_int8
 from minillm.bench import Bench, Case, live_bytes, weight_bytes
 from minillm.breakdown import Spent, shares, watched
 from minillm.budget import CachePlan
@@ -62,7 +62,8 @@ def test_a_table_and_json_in_the_last_line(capsys: pytest.CaptureFixture[str]) -
     *text, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert "1 of 22 layers" in text[0]
-    assert (found["weights"], found["layers"], found["tokens"], found["rounds"]) == ("int8", 1, 4, 2)
+    weights = "int8" if has_int8() else "int8-a16"
+    assert (found["weights"], found["layers"], found["tokens"], found["rounds"]) == (weights, 1, 4, 2)
     assert found["cache"]["policy"] == "hashevict-plus"
     cases = found["cases"]
     assert [(case["context"], case["rows"]) for case in cases] == [(16, 1), (16, 2), (40, 1), (40, 2)]
