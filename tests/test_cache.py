@@ -24,7 +24,7 @@ def _tokens(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("every", [1, 4, 32])
 @pytest.mark.parametrize("policy", ["window", "hashevict", "hashevict-key"])  # the others: test_policies.py
-@pytest.mark.parametrize("times", [0.5, 1, 3.3, 20])
+@pytest.mark.parametrize("times", [0.5, 1, 3.3, 10])
 def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int, times: float) -> None:
     """In float64: the same kept positions and logits, one token at a time, by 7, by 64, and whole."""
     model = tiny_model(dtype=torch.float64)
@@ -41,26 +41,21 @@ def test_result_does_not_depend_on_how_the_input_is_cut(policy: str, every: int,
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_cutting_in_lower_precision(policy: str) -> None:
-    """float32: logits within 1e-5 of their size as long as kept positions agree; the share is printed.
-
-    bfloat16: printed, nothing is promised.
-    """
-    for dtype in (torch.float32, torch.bfloat16):
-        agree, worst, total = 0, 0.0, 4
-        for seed in range(total):
-            model = tiny_model(dtype=dtype, seed=seed)
-            caches = [make_cache(model, policy, SLOTS, evict_every=4) for _ in range(2)]
-            for piece in _tokens(5 * SLOTS, seed=seed).split(SLOTS, 1):
-                one, many = (run(model, cache, piece, chunk) for cache, chunk in zip(caches, (1, 64), strict=True))
-                if kept_positions(caches[0]) != kept_positions(caches[1]):
-                    break
-                worst = max(worst, float((one - many).abs().max() / many.abs().max()))
-            else:
-                agree += 1
-        print(f"{policy} {dtype}: kept positions agree in {agree} of {total} runs, largest difference {worst:.1e}")
-        if dtype == torch.float32:
-            assert agree > 1
-            assert worst < 1e-5
+    """float32: logits within 1e-5 of their size as long as kept positions agree; the share is printed."""
+    agree, worst, total = 0, 0.0, 4
+    for seed in range(total):
+        model = tiny_model(dtype=torch.float32, seed=seed)
+        caches = [make_cache(model, policy, SLOTS, evict_every=4) for _ in range(2)]
+        for piece in _tokens(5 * SLOTS, seed=seed).split(SLOTS, 1):
+            one, many = (run(model, cache, piece, chunk) for cache, chunk in zip(caches, (1, 64), strict=True))
+            if kept_positions(caches[0]) != kept_positions(caches[1]):
+                break
+            worst = max(worst, float((one - many).abs().max() / many.abs().max()))
+        else:
+            agree += 1
+    print(f"{policy}: kept positions agree in {agree} of {total} runs, largest difference {worst:.1e}")
+    assert agree > 1
+    assert worst < 1e-5
 
 
 def test_rows_of_a_batch_do_not_disturb_each_other() -> None:

@@ -128,16 +128,18 @@ def test_equal_to_generate_in_float64(policy: str, fused: bool) -> None:
 
 
 def kinds() -> Iterator[Any]:
-    for scheme in (None, *SCHEMES):
-        for rows in (1, 3, 8, 12):
-            yield pytest.param(torch.bfloat16, scheme, rows, id=f"bfloat16-{scheme}-{rows}")
-    for rows in (3, 12):
-        yield pytest.param(torch.float32, None, rows, id=f"float32-{rows}")
-        yield pytest.param(torch.float32, "int8", rows, id=f"float32-int8-{rows}")
+    rows_tied = ((1, False), (3, True), (8, False), (12, False), (12, True))
+    for dtype, schemes, sizes in (
+        (torch.bfloat16, (None, *SCHEMES), rows_tied),
+        (torch.float32, (None, "int8"), rows_tied[1::2]),
+    ):
+        for scheme in schemes:
+            for rows, tied in sizes:
+                name = f"{str(dtype)[6:]}-{scheme}-{rows}" + "-tied" * tied
+                yield pytest.param(dtype, scheme, rows, tied, id=name)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-@pytest.mark.parametrize(("dtype", "scheme", "rows"), list(kinds()))
+@pytest.mark.parametrize(("dtype", "scheme", "rows", "tied"), list(kinds()))
 def test_no_bit_depends_on_the_neighbours(dtype: torch.dtype, scheme: str | None, rows: int, tied: bool) -> None:
     """The same requests alone, and in a crowd that comes and goes: the same tokens, the same log-probabilities."""
     config = tiny_config(

@@ -189,6 +189,18 @@ def test_passing_the_trained_length_is_said_once(folder: Path, positions: str, s
     assert len(said) == 1
 
 
+def test_a_budget_beyond_what_the_model_looks_back_is_told_what_is_enough(folder: Path) -> None:
+    prompt = torch.randint(3, 90, (1300,), generator=torch.Generator().manual_seed(0))
+    found = []
+    for budget, says in ((900, r"no further than that, for which --budget 544 is enough$"), (544, "than that$")):
+        llm = LLM.load(str(folder), budget=budget, policy="window")
+        with pytest.warns(UserWarning, match=says):
+            result = llm.generate(prompt, max_tokens=20, ignore_eos=True)
+        found.append((result.token_ids, result.usage))
+    assert found[0] == found[1]
+    assert found[0][1].kept_tokens == 512
+
+
 def test_chat_renders_the_template(chat_folder: Path) -> None:
     llm = LLM.load(str(chat_folder), budget=64)
     tokenizer, template = llm.checkpoint.tokenizer, llm.checkpoint.template

@@ -123,8 +123,6 @@ def tokens_file(path: Path, checkpoint: Path, tokens: int) -> Path:
     [
         ("stories260K", "float32", "command"),
         ("random", "bfloat16", "library"),
-        pytest.param("stories260K", "bfloat16", "library", marks=pytest.mark.slow),
-        pytest.param("random", "float32", "library", marks=pytest.mark.slow),
         pytest.param("random", "float32", "command", marks=pytest.mark.slow),
     ],
     indirect=["checkpoint"],

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import reproduce
 
 GRIDS = {  # families, budgets, policies
-    "main": ({"retrieval", "choice", "arithmetic", "summary", "text", "mean"}, 2, 4),
-    "curve": ({"retrieval", "choice", "text", "mean"}, 2, 6),
+    "main": ({"retrieval", "choice", "arithmetic", "summary", "text", "mean"}, 1, 4),
+    "curve": ({"retrieval", "choice", "text", "mean"}, 2, 3),
     "bits": ({"retrieval", "choice", "text", "mean"}, 1, 4),
     "nearest": ({"retrieval", "choice", "mean"}, 1, 6),
     "stress": (set(STRESS), 1, 7),

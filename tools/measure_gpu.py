@@ -266,8 +266,8 @@ def per_second(seconds: float, rows: int) -> Found:
 
 
 EXPERIMENTS = {run.__name__: run for run in (step, rows, hashing, prefill, context, million, peers)}
-QUICK = "--shape smollm2-135m --layers 1 --dtype float32 --slots 12 --rows 2 --many 2 --few 2 --steps 1 --rounds 1"
-QUICK += " --many-slots 12 --prefill-slots 12 --contexts 18 --million 10 --chunk 16"
+QUICK = "--shape smollm2-135m --layers 1 --dtype float32 --slots 8 --rows 2 --many 2 --few 2 --steps 1 --rounds 1"
+QUICK += " --many-slots 12 --prefill-slots 8 --contexts 18 --million 10 --evict-every 4 --chunk 16"
 
 
 def arguments() -> argparse.Namespace:
