@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import minillm.download  # noqa: F401  # its log handler keeps the stderr of its import, which may be that of one test
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # asked when Triton is imported first
 ROOT = Path(__file__).resolve().parents[1]

@@ -43,7 +43,7 @@ FLOORS = (
     ("model", "budget"),
     ("fused",),
     ("generate", "inventory", "loader", "parallel", "snapshot", "fingerprint"),
-    ("planner", "ahead"),
+    ("planner", "ahead", "download"),
     ("hub", "engine"),
     ("checkpoint", "results", "answer", "stream", "saved", "session"),
     ("llm", "shapes", "breakdown", "bench"),
@@ -54,7 +54,18 @@ FLOORS = (
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
-DISK_ROOMS = {"loader", "headers", "inventory", "hub", "tokenizer", "vocabulary", "chat", "snapshot", "fingerprint"}
+DISK_ROOMS = {
+    "loader",
+    "headers",
+    "inventory",
+    "hub",
+    "download",
+    "tokenizer",
+    "vocabulary",
+    "chat",
+    "snapshot",
+    "fingerprint",
+}
 USERS_FILES = {"minillm.cli.prompt_text", "minillm.cli.trace", "minillm.lab.tasks", "minillm.lab.cases"}
 USERS_FILES |= {"minillm.lab.tables", "minillm.lab.store"}
 USERS_FILES |= {"minillm.cli.serve", "minillm.server.sessions", "minillm.server.app"}  # a key, sessions, the page
@@ -164,6 +175,12 @@ def test_nothing_is_probed_and_the_environment_is_read_at_the_top_only() -> None
             assert not probes or room(module) == "config", f"{module} probes: {ast.unparse(call)}"
         read = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert room(module) in ("cli", "server") or not read & {"os.environ", "os.getenv"}, f"{module} reads os.environ"
+
+
+def test_a_model_in_a_folder_needs_nothing_of_the_hub() -> None:
+    code = "import sys; from minillm import LLM; LLM.load().generate('Once', max_tokens=1); print(*sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, cwd=ROOT)
+    assert not set(answer.stdout.split()) & {"huggingface_hub", "httpx", "requests"}
 
 
 def test_import_minillm_is_light() -> None:

@@ -149,15 +149,24 @@ def test_what_is_exported_is_the_mean_of_all_steps() -> None:
     torch.testing.assert_close(trainer.mean.model.norm.weight.detach(), total / share)
 
 
-@pytest.mark.parametrize("step", [0, train_tasks.GROW, 20 * train_tasks.GROW])
-def test_rows_with_questions_follow_from_the_step_and_hold_their_answers(text: Path, step: int) -> None:
+@pytest.fixture(scope="module")
+def two_rows(text: Path) -> tuple[train_tasks.TaskRows, train_tasks.TaskRows]:
+    """The same rows with questions, made twice."""
     (source,) = train_text.read_sources([str(text)], 0)
     tokenizer = train_text.train_tokenizer([*source.train, *train_tasks.WITH_TASKS], 600)
     recipe = train_core.Recipe([], 0.0, 600, 16, 1, 2, 1, 24, 512, 0.5, tied=True, batch=4, seed=3)
-    documents = train_text.encode(tokenizer, source.train)
-    rows = train_tasks.TaskRows(documents, tokenizer, Prose("\n".join(source.train)), recipe)
-    batch = rows.batch(step, 4)
-    assert torch.equal(batch, train_tasks.TaskRows(documents, tokenizer, rows.prose, recipe).batch(step, 4))
+    documents, prose = train_text.encode(tokenizer, source.train), Prose("\n".join(source.train))
+    one, other = (train_tasks.TaskRows(documents, tokenizer, prose, recipe) for _ in range(2))
+    return one, other
+
+
+@pytest.mark.parametrize("step", [0, train_tasks.GROW, 20 * train_tasks.GROW])
+def test_rows_with_questions_follow_from_the_step_and_hold_their_answers(
+    two_rows: tuple[train_tasks.TaskRows, train_tasks.TaskRows], step: int
+) -> None:
+    rows, others = two_rows
+    tokenizer, batch = rows.tokenizer, rows.batch(step, 4)
+    assert torch.equal(batch, others.batch(step, 4))
     assert not torch.equal(batch, rows.batch(step + 1, 4))
     count, length = batch.shape[0], batch.shape[1] - 1
     assert count * length == 4 * 512

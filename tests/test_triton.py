@@ -375,11 +375,11 @@ def on_triton(model: Transformer) -> Transformer:
 @pytest.mark.parametrize("policy", [*EVERY_RULE, "keydiff", "h2o"])
 def test_a_prompt_in_chunks(policy: str) -> None:
     """Two rows; stretches go through torch's kernel, lone tokens through ours; no kernel, or none at all: as ever."""
-    tokens = torch.randint(97, (2, 44), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
     config, found, kept = tiny_config(num_hidden_layers=1), [], []
-    for model, chunk in ((model_of(config), 44), (on_triton(model_of(config)), 19)):
-        cache = cache_of(model, policy, slots=24, rows=2, evict_every=4)
-        found.append(torch.cat([run(model, cache, tokens[:, :42], chunk), run(model, cache, tokens[:, 42:], 1)], 1))
+    for model, chunk in ((model_of(config), 30), (on_triton(model_of(config)), 19)):
+        cache = cache_of(model, policy, slots=16, rows=2, evict_every=4)
+        found.append(torch.cat([run(model, cache, tokens[:, :28], chunk), run(model, cache, tokens[:, 28:], 1)], 1))
         kept.append(kept_positions(cache))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     assert kept[0] == kept[1]
@@ -515,10 +515,10 @@ def test_an_answer_may_end_at_any_token(policy: str) -> None:
     pair = Pair(policy)
     ids = pair.tell(5)  # at positions 18 to 22: the second one pushes others out
     for last in (1, 2, 3):
-        for stop in ((), (ids[last],)):
-            told = pair.tell(99 if stop else last, stop_token_ids=stop)
-            assert told == ids[: ids.index(ids[last]) + 1 if stop else last]
-            pair.tell(1, again=False)
+        stop = (ids[last],) if (last + (policy == "hashevict")) % 2 else ()  # test_ahead.py has every combination
+        told = pair.tell(99 if stop else last, stop_token_ids=stop)
+        assert told == ids[: ids.index(ids[last]) + 1 if stop else last]
+        pair.tell(1, again=False)
 
 
 def test_an_engine_replays_what_it_draws() -> None:
@@ -584,7 +584,7 @@ def test_no_host_value_from_one_step_to_the_next(policy: str, monkeypatch: pytes
 
     Lists and numbers that dispatch would not see are refused by name.
     """
-    model = on_triton(model_of(tiny_config(max_position_embeddings=20)))
+    model = on_triton(model_of(tiny_config(num_hidden_layers=1, max_position_embeddings=20)))
     cache = cache_of(model, policy, slots=16, rows=3, evict_every=2, position_mode="window")
     steps, starts = steps_of(model, cache), {0: 15 if policy != "full" else 9, 2: 3}
     everything: dict[str, Any] = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "logit_bias": {1: 1.0}}
@@ -684,7 +684,7 @@ def test_a_benchmark_says_what_was_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("minillm.machine.BUFFER_NUMBERS", 1 << 16)
-    options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy, "--rows", "2"]
+    options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy]
     options += ["--model", str(write_checkpoint(tmp_path / "tiny")), "--tokens", "2"]
     assert main(["bench", "--context", "9", "--budget", "8", "--rounds", "1", *options]) == 0
     told = capsys.readouterr().out.splitlines()
