@@ -199,6 +199,14 @@ def test_a_budget_beyond_what_the_model_looks_back_is_told_what_is_enough(folder
         found.append((result.token_ids, result.usage))
     assert found[0] == found[1]
     assert found[0][1].kept_tokens == 512
+    for policy, overflow in (("full", "evict"), ("window", "error")):  # where fewer slots would hold less
+        llm = LLM.load(str(folder), budget=900, policy=policy, positions="window", on_overflow=overflow)
+        with pytest.warns(UserWarning, match="no further than that$"):
+            llm.generate(prompt[:600], max_tokens=1)
+    session = LLM.load(str(folder), budget=900).session()
+    session.append(prompt[:3], pin=True)
+    with pytest.warns(UserWarning, match="no further than that$"):
+        session.generate(prompt[3:600], max_tokens=1).finish()
 
 
 def test_chat_renders_the_template(chat_folder: Path) -> None:
