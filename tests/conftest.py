@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, beside tests in other processes
 import torch
 
 import minillm.download  # noqa: F401  # its log handler keeps the stderr of its import, which may be that of one test

@@ -95,7 +95,7 @@ class Bench:
             contexts=args.contexts or size["contexts"],
             rows=args.rows,
             seeds=args.seeds or size["seeds"],
-            tokens=args.tokens or (256 if args.quick else None),
+            tokens=args.tokens or (192 if args.quick else None),
             equal=equal,
         )
         store = Store(self.folder(experiment) / "results.jsonl")
