@@ -227,11 +227,11 @@ def test_a_long_stretch_is_attended_piece_by_piece(monkeypatch: pytest.MonkeyPat
     fused, retention = fuse(model), Retention.of(90, evict_every=50)
     expected = run(model, cache_of(model, "hashevict", retention, rows=2), tokens, 1000)
     layer = cache_of(model, "hashevict", retention, rows=2).layers[0]
-    for name, value, most in (("LONGEST", 5, 5), ("MASK_BYTES", 6000, 6000 // (2 * 2 * 90)), ("MASK_BYTES", 1, 1)):
+    for name, value, most in (("LONGEST", 5, 5), ("MASK_BYTES", 6000, 6000 // (2 * 8 * 90)), ("MASK_BYTES", 1, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(cpu, name, value)
             cache = cache_of(model, "hashevict", retention, rows=2)
-            assert cpu.query_block(layer, cache.append(10), None) == most
+            assert cpu.query_block(layer, cache.append(10), torch.empty(0, dtype=torch.float64), None) == most
             cache.reset()
             close(run(fused, cache, tokens, 1000), expected)
 

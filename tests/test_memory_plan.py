@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minillm import LLM, BudgetError, MemoryPromiseError
+from minillm.backends import cpu
 from minillm.backends.reference import attend_
 from minillm.budget import CachePlan
 from minillm.checkpoint import Checkpoint
@@ -388,6 +389,21 @@ def test_attention_holds_what_the_plan_says(policy: str, options: dict[str, Any]
         planned = attention_bytes(plan, 256, plan.rows)
         lived = living.most - q.nbytes  # the result is counted as an activation
         assert lived <= planned <= 2 * lived + MIB, (kv_heads, dtype, kv_dtype, pinned, lived / MIB, planned / MIB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_of_a_prompt_stays_as_small_as_said(dtype: torch.dtype) -> None:
+    """In more slots than the model looks back, before anything is evicted: both ends of the window are masked."""
+    slots, new, head = 20_000, 256, {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    config = tiny_config(num_hidden_layers=1, sliding_windows=(None,), max_position_embeddings=512, **head)
+    plan = CachePlan.of(config, budget=slots, whole=slots, dtype=dtype, policy="window")
+    cache = plan.allocate(torch.device("cpu"))
+    cache.seen = [slots - 2 * new]
+    cache.layers[0].positions[:] = torch.arange(slots, dtype=torch.int32)
+    q = torch.randn(1, 1, new, 8).to(dtype)
+    with torch.inference_mode(), Living() as living:
+        cpu.attend_(cache.layers[0], q, q, q, cache.append(new), q)
+    assert cpu.MASK_BYTES / 2 < living.most <= cpu.MASK_BYTES + MIB / 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def attend_(layer: LayerSlots, q: Tensor, k: Tensor, v: Tensor, span: Span, q_fa
     if q_far is not None and not layer.far:
         q_far = None
     result = None  # [B, H, T, D]: whole before its pieces come, which would keep the heap from reuse between them
-    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span, q_far)):
+    for start, stop, evict, settle in layer.stretches(span, query_block(layer, span, q, q_far)):
         queries, positions = q[:, :, start:stop], span.positions[:, start:stop]
         if evict:
             evict_(layer, queries[:, :, 0], k[:, :, start], positions[:, 0], settle=settle)
@@ -136,11 +136,14 @@ def fits_native(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype == torch.bfloat16 and head_dim % 32 == 0
 
 
-def query_block(layer: LayerCache, span: Span, q_far: Tensor | None) -> int:
-    """How many tokens attend together, so that their mask stays small: 2 bytes a slot, or 4 in every KV head."""
+def query_block(layer: LayerCache, span: Span, q: Tensor, q_far: Tensor | None) -> int:
+    """How many tokens attend together, so that their mask stays small: a number of q's kind a slot, and a byte for what
+    lies outside a window; or 4 bytes in every KV head.
+    """
     if _pins_far(layer, q_far):
         return layer.query_block  # the reference's
-    width = 2 if _in_order(layer, span) else 4 * layer.keys.shape[1]
+    in_order = q.element_size() + (layer.window is not None)
+    width = in_order if _in_order(layer, span) else 4 * layer.keys.shape[1]
     return max(1, min(LONGEST, MASK_BYTES // (len(span.first) * width * layer.retention.slots)))
 
 
@@ -192,17 +195,16 @@ def _in_order(layer: LayerCache, span: Span) -> bool:
 
 def _bias_in_order(layer: LayerCache, q: Tensor, span: Span, start: int, reach: int) -> Tensor:
     """0 where the token at position first + start + i sees slot s, else -inf: [B, 1, n, reach]."""
-    rows = []
-    for first in span.first:
+    bias = q.new_full((len(span.first), q.shape[2], reach), -torch.inf)
+    for row, first in zip(bias, span.first, strict=True):
         at = first + start
-        later = q.new_full((q.shape[2], reach), -torch.inf).triu_(at + 1)  # s > position
+        row.triu_(at + 1)  # s > position
         if layer.window is not None and at + q.shape[2] > layer.window:
-            past = torch.full_like(later, -torch.inf).tril_(at - layer.window)  # s <= position - window
+            past = torch.ones_like(row, dtype=torch.bool).tril_(at - layer.window)  # s <= position - window
             if layer.far:
-                past[:, : layer.retention.sinks] = 0
-            later += past
-        rows.append(later)
-    return torch.stack(rows).unsqueeze(1)
+                past[:, : layer.retention.sinks] = False
+            row.masked_fill_(past, -torch.inf)
+    return bias.unsqueeze(1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
