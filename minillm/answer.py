@@ -167,9 +167,11 @@ class Answer:
         trained, cache = self.llm.checkpoint.config.max_position_embeddings, self.llm.cache
         if self._shorter and cache.seen[0] > trained:
             then = "it extrapolates" if cache.trained is None else "it looks back no further than that"
-            enough = trained + cache.retentions[0].evict_every  # so many are free at once
-            pinned = any(layer.flagged for layer in cache.layers)  # or other flags; pins would take room of others
-            if cache.trained and self.llm.plan.evicts and not pinned and self.llm.plan.retention.slots > enough:
+            plan = self.llm.plan
+            enough = trained + plan.retention.evict_every  # so many are free at once
+            # Pins would take room of others, and layers that differ would share fewer slots in other parts.
+            alike = len(set(plan.retentions)) == 1 and not any(layer.flagged for layer in cache.layers)
+            if cache.trained and plan.evicts and alike and plan.retention.slots > enough:
                 then += f", for which --budget {enough} is enough"
             warnings.warn(
                 f"the sequence is now longer than the {trained:,} tokens that {self.llm.checkpoint.name} was trained "

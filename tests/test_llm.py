@@ -203,6 +203,9 @@ def test_a_budget_beyond_what_the_model_looks_back_is_told_what_is_enough(folder
         llm = LLM.load(str(folder), budget=900, policy=policy, positions="window", on_overflow=overflow)
         with pytest.warns(UserWarning, match="no further than that$"):
             llm.generate(prompt[:600], max_tokens=1)
+    llm = LLM.load(str(folder), budget=2000, layer_budget="pyramid")
+    with pytest.warns(UserWarning, match="no further than that$"):
+        llm.generate(prompt[:600], max_tokens=1)
     session = LLM.load(str(folder), budget=900).session()
     session.append(prompt[:3], pin=True)
     with pytest.warns(UserWarning, match="no further than that$"):

@@ -684,7 +684,7 @@ def test_a_benchmark_says_what_was_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("minillm.machine.BUFFER_NUMBERS", 1 << 16)
-    options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy]
+    options = ["--dtype", "float32", "--device", DEVICE.type, "--backend", "triton", "--policy", policy, "--rows", "2"]
     options += ["--model", str(write_checkpoint(tmp_path / "tiny")), "--tokens", "2"]
     assert main(["bench", "--context", "9", "--budget", "8", "--rounds", "1", *options]) == 0
     told = capsys.readouterr().out.splitlines()

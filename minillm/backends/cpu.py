@@ -137,12 +137,12 @@ def fits_native(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def query_block(layer: LayerCache, span: Span, q: Tensor, q_far: Tensor | None) -> int:
-    """How many tokens attend together, so that their mask stays small: a number of q's kind a slot, and a byte for what
-    lies outside a window; or 4 bytes in every KV head.
+    """How many tokens attend together, so that their mask stays small: a number of q's kind a slot, and a byte where
+    some lie outside a window; or 4 bytes in every KV head.
     """
     if _pins_far(layer, q_far):
         return layer.query_block  # the reference's
-    in_order = q.element_size() + (layer.window is not None)
+    in_order = q.element_size() + (layer.window is not None and span.may_pass(layer.window))
     width = in_order if _in_order(layer, span) else 4 * layer.keys.shape[1]
     return max(1, min(LONGEST, MASK_BYTES // (len(span.first) * width * layer.retention.slots)))
 
